@@ -1,0 +1,20 @@
+// What every binding file needs: an address type, and the list of bind functions.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+
+namespace py = pybind11;
+
+namespace fastlm {
+
+using address = std::uintptr_t;  // tensor.data_ptr(); 0 stands for "not given"
+
+template <typename T>
+inline T* pointer(address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+}  // namespace fastlm

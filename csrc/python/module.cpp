@@ -1,0 +1,13 @@
+// The Python module fastlm._native. Bindings convert, validate, release the GIL and call: no maths here, and no
+// torch. Tensors arrive as addresses, checked once in Python (fastlm/kernels); each bind_<op> is in its own file.
+#include "bindings.h"
+
+#include "fastlm/isa.h"
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "fastlm's CPU kernels. Use fastlm.ops; this module takes raw addresses and checks little.";
+  m.def("isa_available", &fastlm::isa_available);
+  m.def("isa_compiled", &fastlm::isa_compiled);
+  m.def("isa_active", &fastlm::isa_active);
+  m.def("isa_force", &fastlm::isa_force, py::arg("level"));
+}

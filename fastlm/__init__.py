@@ -1,0 +1,1 @@
+"""fastlm: language models that run fast on the machine you have."""

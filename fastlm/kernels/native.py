@@ -1,0 +1,70 @@
+"""Loads the native modules and remembers why one could not be loaded.
+
+The extension is compiled with OpenMP but linked without: its OpenMP symbols are found in the library that torch has
+already loaded, so that the process has one thread pool, whatever torch's copy is called. Hence `import torch` first.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+
+__all__ = ["CPU", "CUDA", "NativeModule", "num_threads"]
+
+_forked = False
+
+
+def _after_fork() -> None:
+    # The pool's threads do not survive a fork, and libgomp would wait for them for ever.
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def num_threads() -> int:
+    """Threads a kernel may use: torch's setting, and 1 in a process forked from one that had a thread pool."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+class NativeModule:
+    """A compiled module that may be absent: `module` or, where it is None, `error` saying why."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.module: ModuleType | None = None
+        self.error: str | None = None
+        try:
+            self.module = __import__(f"fastlm.{name}", fromlist=[name])
+        except ModuleNotFoundError as error:
+            if error.name != f"fastlm.{name}":
+                raise
+            self.error = f"fastlm.{name} was not built"
+        except ImportError as error:
+            self.error = f"fastlm.{name} could not be loaded: {error}"
+
+    def require(self) -> ModuleType:
+        """The module. Raises ImportError with the reason where it is absent."""
+        if self.module is None:
+            raise ImportError(self.error)
+        return self.module
+
+
+CPU = NativeModule("_native")
+CUDA = NativeModule("_cuda")
+
+
+def _force_isa_from_environment() -> None:
+    level = os.environ.get("FASTLM_ISA")
+    if not level or CPU.module is None:
+        return
+    if not CPU.module.isa_force(level):
+        available = ", ".join(CPU.module.isa_available())
+        raise RuntimeError(f"FASTLM_ISA={level!r} cannot run here: this processor has {available}")
+
+
+_force_isa_from_environment()

@@ -1,0 +1,6 @@
+"""The public ops: one file each, with its signature, checks, autograd, and the list of implementations."""
+
+from fastlm.ops.registry import Explanation, backend, explain
+from fastlm.ops.rms_norm import rms_norm
+
+__all__ = ["Explanation", "backend", "explain", "rms_norm"]

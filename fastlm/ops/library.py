@@ -1,0 +1,69 @@
+"""Ops as torch.library custom ops: what torch.compile, torch.export and opcheck see.
+
+Eager calls never come this way (a custom op costs tens of microseconds): a public function uses its custom op only
+where `tracing()` is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["autograd_by_reference", "tracing"]
+
+
+def tracing() -> bool:
+    """Whether torch.compile or torch.export is tracing the caller."""
+    return torch.compiler.is_compiling()
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd is recording and any of these wants a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autograd_by_reference(definition: Any, reference: Callable[..., Any], *, differentiable: Sequence[int]) -> None:
+    """Gives the custom op `definition` a backward that differentiates `reference` at the same inputs.
+
+    The forward saves its inputs alone; the backward recomputes. For ops whose backward has no kernel of its own.
+
+    Args:
+        definition: what `torch.library.custom_op` returned. Outputs: one tensor, or a tuple of tensors.
+        reference: takes the same arguments; differentiable.
+        differentiable: positions of the tensor arguments that have a gradient.
+    """
+    positions = tuple(differentiable)
+
+    def vjp(args: Sequence[Any], grads: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor]:
+        inputs = list(args)
+        with torch.enable_grad():
+            leaves = []
+            for position in wanted:
+                inputs[position] = inputs[position].detach().requires_grad_()
+                leaves.append(inputs[position])
+            outputs = reference(*inputs)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            found = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+        return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+        ctx.save_for_backward(*[inputs[i] for i in ctx.tensors])
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        args = list(ctx.others)
+        for position, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            args[position] = tensor
+        wanted = [i for i in positions if ctx.needs_input_grad[i]]
+        result: list[Tensor | None] = [None] * len(args)
+        if wanted:
+            for position, grad in zip(wanted, vjp(args, grads, wanted), strict=True):
+                result[position] = grad
+        return tuple(result) if len(result) > 1 else result[0]
+
+    definition.register_autograd(backward, setup_context=setup)

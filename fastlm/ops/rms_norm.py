@@ -1,0 +1,69 @@
+"""Root-mean-square layer normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastlm.ops.checks import expect_shape
+from fastlm.ops.library import autograd_by_reference, tracing
+from fastlm.ops.registry import Implementation, Op, always
+from fastlm.reference import rms_norm as reference
+
+__all__ = ["rms_norm"]
+
+
+def _torch_run(input: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return functional.rms_norm(input, input.shape[-1:], weight, eps)
+
+
+def _torch_why_not(input: Tensor, weight: Tensor | None, eps: float) -> str | None:
+    if weight is not None and weight.dtype != input.dtype:
+        return f"weight is {weight.dtype}, input {input.dtype}"
+    return None
+
+
+RMS_NORM = Op(
+    "rms_norm",
+    [
+        Implementation("torch", _torch_run, _torch_why_not),
+        Implementation("reference", reference.rms_norm, always),
+    ],
+)
+
+
+@torch.library.custom_op("fastlm::rms_norm", mutates_args=())
+def _rms_norm(input: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return RMS_NORM(input, weight, eps).clone()
+
+
+@_rms_norm.register_fake
+def _(input: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return torch.empty_like(input)
+
+
+autograd_by_reference(_rms_norm, reference.rms_norm, differentiable=(0, 1))
+
+
+def rms_norm(input: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    Zhang & Sennrich, 2019, https://arxiv.org/abs/1910.07467. The mean is taken in float32 (float64 for float64).
+
+    Args:
+        input: [..., dim], any floating dtype.
+        weight: [dim] or None.
+        eps: added to the mean square.
+
+    Returns:
+        Like `input`.
+
+    Raises:
+        ValueError: `weight` does not have the shape [dim].
+    """
+    if weight is not None:
+        expect_shape("rms_norm", "weight", weight, (input.shape[-1],))
+    if tracing():
+        return _rms_norm(input, weight, eps)
+    return RMS_NORM(input, weight, eps)
