@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,3 +25,19 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert module.isa_force(request.param)
     yield request.param
     module.isa_force(before)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real model's GGUF file: $FASTLM_TEST_GGUF, or where `fastlm pull smollm2-135m` put it."""
+    path = os.environ.get("FASTLM_TEST_GGUF")
+    if path:
+        return Path(path)
+    try:
+        from fastlm.checkpoints.pull import cached
+    except ImportError:
+        pytest.skip("no cached model")
+    found = cached("smollm2-135m")
+    if found is None:
+        pytest.skip("smollm2-135m is not cached: run `fastlm pull smollm2-135m`")
+    return found
