@@ -1,0 +1,3 @@
+from fastlm.cli.main import main
+
+main()

@@ -1,0 +1,74 @@
+"""What the commands share: output, error reporting, and options that mean the same everywhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from fastlm.generation import LanguageModel
+
+__all__ = ["EXIT_ERROR", "EXIT_INTERRUPTED", "ModelOption", "console", "errors", "load_model", "run"]
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+console = Console(highlight=False)  # results
+errors = Console(stderr=True, highlight=False)  # everything that is not the result
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME|PATH",
+        help="A name that `fastlm pull` knows, a GGUF file, a Hugging Face folder, or a folder `fastlm train` wrote.",
+    ),
+]
+
+
+def load_model(model: str, compute: str = "fast") -> LanguageModel:
+    """`fastlm.load` for a command: says on stderr what it fetches, so that stdout holds the result alone."""
+    from fastlm.checkpoints.pull import KNOWN_MODELS, cached
+    from fastlm.generation import load
+
+    if not Path(model).exists() and model in KNOWN_MODELS and cached(model) is None:
+        from fastlm.cli.pull import pull_with_progress
+
+        pull_with_progress(model)
+    return load(model, compute=compute)
+
+
+def run(app: Callable[[], None]) -> None:
+    """Runs a command: errors a user can mend become one message and exit code 1, Ctrl-C becomes 130.
+
+    FASTLM_DEBUG=1 shows the traceback instead.
+    """
+    if os.environ.get("FASTLM_DEBUG"):
+        app()
+        return
+    try:
+        app()
+    except KeyboardInterrupt:
+        errors.print("interrupted", style="yellow")
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (`head`, say) has gone. Python would complain once more while flushing stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_ERROR)
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        message = str(error) or type(error).__name__
+        errors.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True)
+        sys.exit(EXIT_ERROR)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

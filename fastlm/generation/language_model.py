@@ -1,0 +1,262 @@
+"""A model and its tokenizer as one object: text in, text out. `fastlm.load` makes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from fastlm import checkpoints
+from fastlm.checkpoints.pull import KNOWN_MODELS, pull
+from fastlm.data.tokenizer import Tokenizer
+from fastlm.generation.decoder import Decoder, FinishReason
+from fastlm.generation.params import SamplingParams
+from fastlm.generation.text import TextAssembler
+from fastlm.models.base import CausalLM
+
+__all__ = ["Completion", "LanguageModel", "Score", "load"]
+
+Message = dict[str, str]
+
+
+@dataclass
+class Completion:
+    """What one prompt led to.
+
+    Attributes:
+        text: the new text, without the stop string or special tokens.
+        ids: the new tokens, a stop token included.
+        logprobs: natural-log probability of each token under the model, where asked for.
+        finish_reason: "stop" (stop token or string), "length" (max_new_tokens) or "context" (context full).
+        seed: what to pass to get these tokens again.
+    """
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
+    finish_reason: FinishReason = "length"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """How probable a text is. `log_prob` is the natural-log probability of its `tokens` scored tokens (the first token
+    of a text that starts without a beginning-of-sequence token has nothing to be predicted from and is not scored)."""
+
+    log_prob: float
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-log_prob / tokens)."""
+        return math.exp(-self.log_prob / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """-log2 probability by UTF-8 byte of the text."""
+        return -self.log_prob / math.log(2) / self.bytes
+
+
+class LanguageModel:
+    """A causal language model with its tokenizer.
+
+    Options of `generate`, `stream` and `generate_ids` are those of `SamplingParams`. The same seed gives the same
+    text for a prompt, alone or in a list, wherever it stands; equal prompts in one list get different draws.
+    """
+
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer | None = None, *, metadata: dict[str, Any] | None = None):
+        self.model = model.eval()
+        self._tokenizer = tokenizer
+        self.metadata = dict(metadata or {})
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ValueError where the checkpoint came without one."""
+        if self._tokenizer is None:
+            raise ValueError("this model was loaded without a tokenizer: use generate_ids and logits")
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next(self.model.parameters(), torch.empty(0)).device
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **options: Any) -> list[str]: ...
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
+        """The continuation of a prompt (a string in, a string out) or of each of a list of them.
+
+        Options: max_new_tokens=128, min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+        repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=None, seed=None, stop=().
+
+        Raises:
+            ValueError: an option out of range, an empty prompt, or one beyond the model's context.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = [completion.text for completion in self.complete(prompts, **options)]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def complete(self, prompts: Sequence[str], **options: Any) -> list[Completion]:
+        """Like `generate`, with tokens, log-probabilities and the reason each row ended."""
+        params = SamplingParams(**options).with_seed()
+        return self._run([self.encode(prompt) for prompt in prompts], params, text=True)
+
+    def generate_ids(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        """The new token ids for each list of prompt ids, a stop token included. Needs no tokenizer."""
+        params = SamplingParams(**options).with_seed()
+        if params.stop and self._tokenizer is None:
+            raise ValueError("stop: stop strings need a tokenizer, and this model has none")
+        return [completion.ids for completion in self._run(prompts, params, text=bool(params.stop))]
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, text: bool) -> list[Completion]:
+        decoder = Decoder(self.model, prompts, params, stop_ids=self.stop_ids)
+        results = [Completion(seed=decoder.seed, logprobs=[] if params.logprobs else None) for _ in prompts]
+        assemblers = [self._assembler(params) for _ in prompts] if text else None
+        while decoder.active:
+            for token in decoder.step():
+                result = results[token.row]
+                result.ids.append(token.id)
+                if result.logprobs is not None and token.logprob is not None:
+                    result.logprobs.append(token.logprob)
+                if assemblers is not None and token.id not in self.stop_ids:
+                    result.text += assemblers[token.row].push(token.id)
+                    if assemblers[token.row].stopped:
+                        result.finish_reason = "stop"
+                        decoder.cancel(token.row)
+                        continue
+                if token.finish is not None:
+                    result.finish_reason = token.finish
+        if assemblers is not None:
+            for result, assembler in zip(results, assemblers, strict=True):
+                result.text += assembler.finish()
+        return results
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """The continuation piece by piece, each as soon as it is certain; never part of a character.
+
+        Options as in `generate`, checked when this is called, before the first piece is asked for. Closing the
+        iterator ends the work.
+        """
+        params = SamplingParams(**options).with_seed()
+        decoder = Decoder(self.model, [self.encode(prompt)], params, stop_ids=self.stop_ids)
+        return self._stream(decoder, self._assembler(params))
+
+    def _stream(self, decoder: Decoder, assembler: TextAssembler) -> Iterator[str]:
+        while decoder.active and not assembler.stopped:
+            for token in decoder.step():
+                piece = "" if token.id in self.stop_ids else assembler.push(token.id)
+                if piece:
+                    yield piece
+        rest = assembler.finish()
+        if rest:
+            yield rest
+
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
+        """The messages (dicts of "role" and "content") as the prompt that the model's chat template makes of them."""
+        if not self.tokenizer.chat_template:
+            raise ValueError("this model has no chat template: use generate with a plain prompt")
+        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[str]:
+        """Streams the model's answer to a conversation; options as in `generate`."""
+        ids = self.tokenizer.encode(self.chat_prompt(messages), parse_special=True)
+        params = SamplingParams(**options).with_seed()
+        return self._stream(Decoder(self.model, [ids], params, stop_ids=self.stop_ids), self._assembler(params))
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Next-token logits after every position: ids int64 [B, T] -> float32 [B, T, vocab_size]."""
+        ids = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
+        if ids.dim() != 2:
+            raise ValueError(f"ids: shape {list(ids.shape)}, expected [batch, time]")
+        return self.model(ids).float()
+
+    @torch.inference_mode()
+    def score(self, text: str) -> Score:
+        """The log-probability of a text under the model.
+
+        Texts longer than the model's context are scored in windows that overlap by half, each token once.
+
+        Raises:
+            ValueError: the text has fewer than two tokens.
+        """
+        ids = self.encode(text)
+        if len(ids) < 2:
+            raise ValueError(f"text: {len(ids)} tokens, and scoring needs at least 2")
+        context = self.model.config.context_length or len(ids)
+        total, scored, start = 0.0, 1, 0
+        while scored < len(ids):
+            window = torch.tensor([ids[start : start + context]], device=self.device)
+            end = start + window.shape[1]
+            hidden = self.model.hidden(window[:, :-1])[0, scored - start - 1 :]
+            targets = window[0, scored - start :]
+            for part, target in zip(hidden.split(256), targets.split(256), strict=True):
+                log_probs = self.model.head(part[None])[0].float().log_softmax(dim=-1)
+                total += float(log_probs.gather(1, target[:, None]).double().sum())
+            scored, start = end, end - max(1, context // 2)
+        return Score(total, len(ids) - 1, len(text.encode()))
+
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens, after a beginning-of-sequence token where the model wants one."""
+        ids = self.tokenizer.encode(text, add_special_tokens=True)
+        if not ids and self.tokenizer.bos_id is not None:
+            ids = [self.tokenizer.bos_id]
+        if not ids:
+            raise ValueError(
+                "prompt: the text is empty, and this model has no beginning-of-sequence token to start from"
+            )
+        return ids
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end generation."""
+        return self._tokenizer.stop_ids if self._tokenizer is not None else frozenset()
+
+    def _assembler(self, params: SamplingParams) -> TextAssembler:
+        return TextAssembler(self.tokenizer.token_bytes, params.stop, params.min_new_tokens)
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return f"LanguageModel({type(self.model).__name__}, {parameters:,} trainable-precision parameters)"
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    compute: str = "fast",
+) -> LanguageModel:
+    """Loads a language model: a known name, a GGUF file, a Hugging Face folder, or a folder `fastlm train` wrote.
+
+    Args:
+        name_or_path: an existing path, or a name that `fastlm pull` knows ("smollm2-135m"), fetched once and cached.
+        dtype: convert the weights to this dtype; None keeps them as they are stored, quantised or not.
+        device: where to put the model; None is the CPU.
+        compute: "fast" uses integer dot products on quantised weights where they pay; "exact" multiplies float32
+            activations with dequantised weights.
+
+    Raises:
+        ValueError: an unknown name, or `compute` neither of the two.
+        CheckpointError: the file or folder is damaged or of an unknown kind; the message names the culprit.
+    """
+    if compute not in ("fast", "exact"):
+        raise ValueError(f"compute: {compute!r} is not 'fast' or 'exact'")
+    path = Path(name_or_path)
+    if not path.exists():
+        if str(name_or_path) not in KNOWN_MODELS:
+            known = ", ".join(sorted(KNOWN_MODELS))
+            raise ValueError(
+                f"no file or folder {str(name_or_path)!r}, and no known model of that name (known: {known})"
+            )
+        path = pull(str(name_or_path))
+    loaded = checkpoints.load(path, dtype=dtype, device=device, compute=compute)
+    return LanguageModel(loaded.model, loaded.tokenizer, metadata=loaded.metadata)
