@@ -5,9 +5,12 @@
 // fastlm::<name>(args) then calls the active level's version.
 #pragma once
 
+#include "fastlm/math.h"
+
 // X(return type, name, parameter list, argument list)
 #define FASTLM_KERNEL_LIST(X)                                                       \
-  X(int, simd_lanes, (), ())
+  X(int, simd_lanes, (), ())                                                        \
+  X(void, math_apply, (MathFunction f, const float* x, float* y, int64_t n), (f, x, y, n))
 
 namespace fastlm {
 
