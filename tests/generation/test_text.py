@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +13,7 @@ from fastlm.generation import TextAssembler
 def assemble(data: bytes, cuts: list[int], stop: tuple[str, ...] = (), min_tokens: int = 0) -> list[str]:
     """Feeds `data`, cut into tokens at `cuts`, and returns the pieces."""
     edges = [0, *sorted({c % (len(data) + 1) for c in cuts}), len(data)]
-    tokens = [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    tokens = [data[a:b] for a, b in itertools.pairwise(edges)]
     assembler = TextAssembler(tokens.__getitem__, stop, min_tokens)
     pieces = []
     for index in range(len(tokens)):

@@ -1,0 +1,73 @@
+"""Sampling a token from logits, against transformers' processors, softmax and multinomial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.case import Case, require
+from fastlm import ops
+
+__all__ = ["cases"]
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "temperature 0.8": {"temperature": 0.8},
+    "top-k 50": {"temperature": 0.8, "top_k": 50},
+    "top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
+}
+
+
+def _transformers(settings: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    processors = LogitsProcessorList([TemperatureLogitsWarper(settings["temperature"])])
+    if "top_k" in settings:
+        processors.append(TopKLogitsWarper(settings["top_k"]))
+    if "top_p" in settings:
+        processors.append(TopPLogitsWarper(settings["top_p"]))
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+
+    def distribution(logits: Tensor) -> Tensor:
+        return processors(ids.expand(logits.shape[0], 1), logits).softmax(dim=-1)
+
+    return distribution
+
+
+def cases() -> Iterator[Case]:
+    """ops.sample on logits shaped like a language model's: a few likely tokens and a long tail."""
+    for vocab, batch in ((50_257, 1), (50_257, 8), (128_256, 1)):
+        torch.manual_seed(0)
+        logits = torch.randn(batch, vocab) * 2.5
+        for name, settings in _SETTINGS.items():
+            distribution = _transformers(settings)
+
+            def gate(logits=logits, settings=settings, distribution=distribution) -> None:  # type: ignore[no-untyped-def]
+                probabilities = distribution(logits[:1])[0].double()
+                draws = torch.cat(
+                    [ops.sample(logits[:1], **settings, seed=1, sequence=0, position=at) for at in range(4000)]
+                )
+                require(bool((probabilities[draws] > 0).all()), "a token outside the kept set was drawn")
+                with ops.backend("reference"):
+                    again = torch.cat(
+                        [ops.sample(logits[:1], **settings, seed=1, sequence=0, position=at) for at in range(50)]
+                    )
+                require(bool((again == draws[:50]).all()), "draws differ from the reference's")
+                # The log-likelihood of the draws against its expectation, in standard errors.
+                log_p = probabilities.clamp_min(1e-300).log()
+                mean = (probabilities * log_p).sum()
+                deviation = ((probabilities * (log_p - mean) ** 2).sum() / len(draws)).sqrt()
+                score = float((log_p[draws].mean() - mean) / deviation)
+                require(abs(score) < 4.5, f"draws do not follow the distribution ({score:.1f} standard errors)")
+
+            yield Case(
+                name=f"sample, {name}",
+                shape=f"vocabulary {vocab:,}, batch {batch}",
+                peer_name="transformers + multinomial",
+                gate=gate,
+                ours=lambda logits=logits, settings=settings: ops.sample(logits, **settings, seed=1),  # type: ignore[misc]
+                peer=lambda logits=logits, distribution=distribution: torch.multinomial(distribution(logits), 1),  # type: ignore[misc]
+                goal=20.0 if name == "top-p 0.9" and vocab == 50_257 else None,
+            )

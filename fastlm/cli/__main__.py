@@ -1,3 +1,0 @@
-from fastlm.cli.main import main
-
-main()
