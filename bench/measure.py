@@ -1,4 +1,4 @@
-"""Timing that can be believed on a shared, noisy machine: ours and the peer interleaved, the ratio taken pair by pair."""
+"""Timing to believe on a shared, noisy machine: ours and the peer interleaved, the ratio taken pair by pair."""
 
 from __future__ import annotations
 
