@@ -1,0 +1,62 @@
+"""Linear layers over `fastlm.ops.linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import ops
+from fastlm.ops.quantized import QuantizedTensor
+
+__all__ = ["Linear", "QuantizedLinear"]
+
+
+class Linear(nn.Linear):
+    """torch's Linear, its state_dict included; forward is `ops.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return ops.linear(input, self.weight, self.bias)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer with a frozen weight in one of GGUF's formats.
+
+    Args:
+        weight: [out_features, in_features]. Read in place; it is no parameter and not in the state_dict.
+        bias: [out_features] or None; becomes a parameter.
+        compute: "fast" or "exact", as in `ops.linear`.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, compute: str = "fast") -> None:
+        super().__init__()
+        self.weight = weight
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        self.compute = compute
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], in the input's dtype."""
+        return ops.linear(input, self.weight, self.bias, compute=self.compute)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.weight = apply_to_weight(fn, self.weight)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """For repr()."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"kind={self.weight.kind}, compute={self.compute}"
+        )
+
+
+def apply_to_weight(fn: Callable[[Tensor], Tensor], weight: QuantizedTensor) -> QuantizedTensor:
+    """What `module.to(...)` does to a quantised weight: it may move; its bytes have no dtype to change."""
+    data = fn(weight.data)
+    if data is weight.data or data.dtype != torch.uint8:
+        return weight
+    return QuantizedTensor(data, weight.kind, (weight.shape[0], weight.shape[1]))

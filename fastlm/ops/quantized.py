@@ -1,0 +1,137 @@
+"""Weights in GGUF's formats, read where they lie."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastlm.ops.checks import describe
+from fastlm.reference.quantized import KINDS, dequantize, quantize
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGMLQuantizationType
+
+__all__ = ["QuantizedTensor"]
+
+
+class QuantizedTensor:
+    """A frozen weight [N, K] in one of the formats of GGUF files.
+
+    Args:
+        data: uint8 [N, row_bytes], contiguous. May be a read-only memory map: it is read in place and never written,
+            copied or expanded as a whole, so that a model's pages are shared between processes.
+        kind: "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1"; the layouts are in `fastlm.reference.quantized`.
+        shape: (N, K). K is a multiple of 32 for the Q kinds.
+
+    Raises:
+        ValueError: the kind is unknown, K is not a whole number of blocks, or `data` does not fit.
+    """
+
+    __slots__ = ("code", "data", "kind", "row_bytes", "shape")
+
+    requires_grad = False
+    data: Tensor
+    kind: str
+    shape: torch.Size
+    code: int
+    row_bytes: int
+
+    def __init__(self, data: Tensor, kind: str, shape: tuple[int, int]) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"QuantizedTensor: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        if len(shape) != 2:
+            raise ValueError(f"QuantizedTensor: shape is {tuple(shape)}, expected (rows, columns)")
+        rows, columns = shape
+        try:
+            row_bytes = KINDS[kind].row_bytes(columns)
+        except ValueError as error:
+            raise ValueError(f"QuantizedTensor: {error}") from None
+        if data.dtype != torch.uint8 or data.shape != (rows, row_bytes) or not data.is_contiguous():
+            raise ValueError(
+                f"QuantizedTensor: data is {describe(data)}{'' if data.is_contiguous() else ', not contiguous'}, "
+                f"expected contiguous uint8 [{rows}, {row_bytes}] for {rows} rows of {columns} {kind} weights"
+            )
+        self.data = data
+        self.kind = kind
+        self.shape = torch.Size(shape)
+        self.code = KINDS[kind].code
+        self.row_bytes = row_bytes
+
+    @classmethod
+    def from_numpy(cls, data: np.ndarray, kind: str, shape: tuple[int, int]) -> QuantizedTensor:
+        """Wraps an array (np.memmap included) of N * row_bytes bytes, without a copy. It may be read-only."""
+        with warnings.catch_warnings():
+            # Writing through the tensor would be undefined; nothing here writes to a weight.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            flat = torch.from_numpy(data.reshape(-1).view("uint8"))
+        rows = shape[0]
+        return cls(flat.view(rows, -1) if rows and flat.numel() % rows == 0 else flat, kind, shape)
+
+    @classmethod
+    def quantize(cls, tensor: Tensor, kind: str) -> QuantizedTensor:
+        """Rounds a float tensor [N, K] to `kind`, to the same bytes as ggml's reference.
+
+        Raises:
+            ValueError: the kind is unknown, or the shape does not fit it.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"QuantizedTensor.quantize: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        if tensor.dim() != 2 or not tensor.is_floating_point():
+            raise ValueError(f"QuantizedTensor.quantize: tensor is {describe(tensor)}, expected floats [rows, columns]")
+        try:
+            return cls(quantize(tensor, kind), kind, (tensor.shape[0], tensor.shape[1]))
+        except ValueError as error:
+            raise ValueError(f"QuantizedTensor.quantize: {error}") from None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """All of it as a new tensor [N, K] of its own memory."""
+        weights = dequantize(self.data, self.kind).to(dtype)
+        return weights.clone() if weights.data_ptr() == self.data.data_ptr() else weights
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (integer [...]) as float32 [..., K]: an embedding lookup that touches those rows alone.
+
+        Raises:
+            ValueError: `ids` are not integers.
+            IndexError: an id is not in [0, N).
+        """
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"QuantizedTensor.rows: ids are {describe(ids)}, expected integers")
+        flat = ids.reshape(-1)
+        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
+            bad = flat[(flat < 0) | (flat >= self.shape[0])][0]
+            raise IndexError(f"QuantizedTensor.rows: id {int(bad)} is not in [0, {self.shape[0]})")
+        found = dequantize(self.data.index_select(0, flat), self.kind)
+        return found.view(*ids.shape, self.shape[1])
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """On `device`; itself where it is there already."""
+        moved = self.data.to(device)
+        return self if moved is self.data else QuantizedTensor(moved, self.kind, (self.shape[0], self.shape[1]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight as it is stored."""
+        return self.data.numel()
+
+    @property
+    def to_gguf_kind(self) -> GGMLQuantizationType:
+        """The kind as the `gguf` library's enumeration."""
+        from gguf import GGMLQuantizationType
+
+        return GGMLQuantizationType[self.kind]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return QuantizedTensor, (self.data, self.kind, (self.shape[0], self.shape[1]))
+
+    def __repr__(self) -> str:
+        return f"QuantizedTensor({self.kind}, shape={tuple(self.shape)}, device={self.data.device})"
