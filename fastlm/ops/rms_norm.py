@@ -35,12 +35,12 @@ RMS_NORM = Op(
 
 @torch.library.custom_op("fastlm::rms_norm", mutates_args=())
 def _rms_norm(input: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return RMS_NORM(input, weight, eps).clone()
+    return RMS_NORM(input, weight, eps).contiguous()
 
 
 @_rms_norm.register_fake
 def _(input: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return torch.empty_like(input)
+    return input.new_empty(input.shape)
 
 
 autograd_by_reference(_rms_norm, reference.rms_norm, differentiable=(0, 1))

@@ -1,0 +1,39 @@
+"""torch's normalisation modules over fastlm's ops: the same constructors, parameters and state_dicts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.ops import layer_norm, rms_norm
+
+__all__ = ["LayerNorm", "RMSNorm"]
+
+
+def _last(input: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """`input` with its normalised dimensions, given by `shape`, as one."""
+    if tuple(input.shape[-len(shape) :]) != tuple(shape):
+        raise ValueError(f"{name}: input has shape {list(input.shape)}, expected [..., {', '.join(map(str, shape))}]")
+    return input.flatten(-len(shape)) if len(shape) > 1 else input
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.flatten()
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm`, computed by `fastlm.ops.layer_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises the last dimensions of input [..., *normalized_shape]."""
+        x = _last(input, self.normalized_shape, "LayerNorm")
+        return layer_norm(x, _flat(self.weight), _flat(self.bias), eps=self.eps).view(input.shape)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm`, computed by `fastlm.ops.rms_norm`. As there, eps None means the input dtype's epsilon."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimensions of input [..., *normalized_shape]."""
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return rms_norm(_last(x, self.normalized_shape, "RMSNorm"), _flat(self.weight), eps=eps).view(x.shape)

@@ -1,0 +1,86 @@
+"""Tables of cosines and sines for rotary position embedding, with the usual context-extending scalings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm import ops
+
+__all__ = ["Rotary"]
+
+
+class Rotary(torch.nn.Module):
+    """Rotary position embedding: `cos, sin = rotary.tables(positions)`, then `rotary(query, cos, sin)`.
+
+    Pair i turns by position * base^(-2i / rotary_dim) radians (Su et al., 2021, https://arxiv.org/abs/2104.09864).
+    Holds no parameters and nothing in its state_dict.
+
+    Args:
+        rotary_dim: features rotated per head, even.
+        base: sets the slowest pair's wavelength, 2 pi base.
+        interleaved: pairs are (2i, 2i + 1); if False, (i, i + rotary_dim / 2).
+        scaling: as `rope_scaling` in transformers' config files: None, or a mapping whose "rope_type" (or "type") is
+            "default", "linear" (all angles divided by "factor"; https://arxiv.org/abs/2306.15595) or "llama3" (only
+            wavelengths long against "original_max_position_embeddings" are stretched by "factor", in between blended
+            by "low_freq_factor" and "high_freq_factor"; https://arxiv.org/abs/2407.21783).
+
+    Raises:
+        ValueError: `rotary_dim` is odd; `scaling` is of an unknown type or lacks a key.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        rotary_dim: int,
+        *,
+        base: float = 10000.0,
+        interleaved: bool = False,
+        scaling: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if rotary_dim < 0 or rotary_dim % 2:
+            raise ValueError(f"Rotary: rotary_dim is {rotary_dim}, expected an even number")
+        self.rotary_dim = rotary_dim
+        self.base = base
+        self.interleaved = interleaved
+        # In float32, operation by operation as transformers computes them: long contexts amplify the last bit.
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+        frequencies = _scaled(1.0 / (base**exponents), dict(scaling or {}))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each float32 [..., rotary_dim / 2], of integer positions [...] ([T] or [B, T])."""
+        angles = positions.to(torch.float32)[..., None] * self.frequencies.float()
+        return angles.cos(), angles.sin()
+
+    def forward(self, input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates input [B, H, T, D] by tables [T, rotary_dim / 2] or [B, T, rotary_dim / 2]."""
+        return ops.rotary(input, cos, sin, interleaved=self.interleaved)
+
+    def extra_repr(self) -> str:
+        return f"{self.rotary_dim}, base={self.base}, interleaved={self.interleaved}"
+
+
+def _scaled(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return frequencies
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"Rotary: scaling has rope_type {kind!r}, expected default, linear or llama3")
+    try:
+        factor = float(scaling["factor"])
+        if kind == "linear":
+            return frequencies / factor
+        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+        context = float(scaling["original_max_position_embeddings"])
+    except KeyError as missing:
+        raise ValueError(f"Rotary: scaling of rope_type {kind!r} lacks {missing}") from None
+    wavelengths = 2 * math.pi / frequencies
+    blend = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * frequencies / factor + blend * frequencies

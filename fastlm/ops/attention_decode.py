@@ -1,0 +1,164 @@
+"""Attention of new tokens to a key-value cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.ops.attention import ATTENTION, check_options
+from fastlm.ops.checks import describe
+from fastlm.ops.library import autograd_by_reference, tracing
+from fastlm.ops.registry import Implementation, Op, always
+from fastlm.reference import attention_decode as reference
+
+__all__ = ["attention_decode"]
+
+
+def _torch_run(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """Attention to the whole cache under a mask: never looks at the lengths' values, so no device has to wait."""
+    batch, tokens = query.shape[0], query.shape[2]
+    positions = torch.arange(key_cache.shape[2], device=query.device)
+    query_positions = lengths[:, None] - tokens + torch.arange(tokens, device=query.device)
+    distance = (positions - query_positions[:, :, None])[:, None]  # [B, 1, T, S]
+    visible = distance <= 0
+    if window is not None:
+        visible &= distance > -window
+    mask = visible
+    if alibi_slopes is not None:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        bias = alibi_slopes.to(wide).reshape(-1, query.shape[1], 1, 1) * distance
+        mask = bias.masked_fill(~visible, -torch.inf)
+    # What lies beyond a row's length may be anything, NaN too, which a weight of 0 would not silence.
+    stored = (positions < lengths[:, None])[:, None, :, None]
+    key, value = (
+        torch.where(stored, cache[:batch] if rows is None else cache[rows], 0.0) for cache in (key_cache, value_cache)
+    )
+    result: Tensor = ATTENTION(query, key, value, False, mask, scale, None, softcap, None, 0.0)
+    return result
+
+
+def _torch_why_not(query: Tensor, *_: Any) -> str | None:
+    if query.device.type == "cpu":
+        return "on a CPU it would copy the whole cache, where the reference reads what is stored"
+    return None
+
+
+ATTENTION_DECODE = Op(
+    "attention_decode",
+    [
+        Implementation("torch", _torch_run, _torch_why_not),
+        Implementation("reference", reference.attention_decode, always),
+    ],
+)
+
+
+@torch.library.custom_op("fastlm::attention_decode", mutates_args=())
+def _attention_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    result: Tensor = ATTENTION_DECODE(
+        query, key_cache, value_cache, lengths, rows, scale, window, softcap, alibi_slopes
+    ).contiguous()
+    return result
+
+
+@_attention_decode.register_fake
+def _(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+autograd_by_reference(_attention_decode, _torch_run, differentiable=(0, 1, 2, 8))
+
+
+def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, rows: Tensor | None) -> None:
+    if query.dim() != 4:
+        raise ValueError(f"attention_decode: query is {describe(query)}, expected shape [B, H, T, D]")
+    batch, heads, _, dim = query.shape
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.dim() != 4 or cache.shape[3] != dim or cache.shape != key_cache.shape or cache.dtype != query.dtype:
+            raise ValueError(
+                f"attention_decode: {name} is {describe(cache)}, expected {query.dtype} of shape [R, KVH, S, {dim}], "
+                "the same for keys and values"
+            )
+    kv_heads = key_cache.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"attention_decode: key_cache has {kv_heads} heads, expected a divisor of the query's {heads}")
+    for name, index in (("lengths", lengths), ("rows", rows)):
+        if index is not None and (index.shape != (batch,) or index.dtype != torch.int64):
+            raise ValueError(f"attention_decode: {name} is {describe(index)}, expected int64 of shape [{batch}]")
+    if rows is None and batch > key_cache.shape[0]:
+        raise ValueError(
+            f"attention_decode: key_cache has {key_cache.shape[0]} rows, expected {batch}, one per batch entry, "
+            "or `rows` to choose them"
+        )
+
+
+def attention_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    *,
+    rows: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of each sequence's newest tokens to all it has stored, every sequence at its own length.
+
+    What `attention(..., causal=True)` gives for each sequence alone. A result depends on its own sequence only: not
+    on the batch it is in, its place there, or the number of threads. Cache positions from a row's length on are
+    never read.
+
+    Args:
+        query: [B, H, T, D], the T newest tokens of each sequence, whose keys and values the cache already holds.
+        key_cache: [R, KVH, S, D], the query's dtype; KVH divides H as in `attention`.
+        value_cache: like `key_cache`.
+        lengths: int64 [B], tokens of each sequence including the T new ones: T <= lengths[b] <= S.
+        rows: int64 [B], the cache row of each batch entry; 0, 1, 2, ... if None. A row may appear more than once.
+        scale, window, softcap, alibi_slopes: as in `attention`.
+
+    Returns:
+        [B, H, T, D], the query's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or option is not as described; a length or row is out of range (checked on
+            CPU).
+    """
+    _check(query, key_cache, value_cache, lengths, rows)
+    check_options("attention_decode", query, window, softcap, alibi_slopes)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    run = _attention_decode if tracing() else ATTENTION_DECODE
+    return run(query, key_cache, value_cache, lengths, rows, scale, window, softcap, alibi_slopes)

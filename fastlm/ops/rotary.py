@@ -1,0 +1,62 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.ops.checks import describe
+from fastlm.ops.library import autograd_by_reference, tracing
+from fastlm.ops.registry import Implementation, Op, always
+from fastlm.reference import rotary as reference
+
+__all__ = ["rotary"]
+
+ROTARY = Op("rotary", [Implementation("reference", reference.rotary, always)])
+
+
+@torch.library.custom_op("fastlm::rotary", mutates_args=())
+def _rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return ROTARY(input, cos, sin, interleaved).contiguous()
+
+
+@_rotary.register_fake
+def _(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+autograd_by_reference(_rotary, ROTARY, differentiable=(0, 1, 2))
+
+
+def rotary(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotates pairs of each head's features by angles that grow with position: (x cos - y sin, y cos + x sin).
+
+    Su et al., 2021, https://arxiv.org/abs/2104.09864. `fastlm.nn.Rotary` makes the tables.
+
+    Args:
+        input: [B, H, T, D], any floating dtype; the rotation is computed in float32 or wider.
+        cos: cosines of the angles, [T, R / 2] or [B, T, R / 2] with R <= D; features from R on pass unchanged.
+        sin: sines of the same angles, shaped as `cos`.
+        interleaved: False pairs feature i with i + R / 2 (GPT-NeoX, transformers' Llama); True pairs 2i with 2i + 1
+            (GPT-J, the original Llama).
+
+    Returns:
+        Like `input`.
+
+    Raises:
+        ValueError: `input` is not four-dimensional; `cos` or `sin` does not fit it.
+    """
+    if input.dim() != 4:
+        raise ValueError(f"rotary: input is {describe(input)}, expected shape [B, H, T, D]")
+    batch, _, tokens, dim = input.shape
+    half = cos.shape[-1] if cos.dim() else 0
+    for name, table in (("cos", cos), ("sin", sin)):
+        shape = table.shape
+        if (shape != (tokens, half) and shape != (batch, tokens, half)) or 2 * half > dim or table.dim() != cos.dim():
+            raise ValueError(
+                f"rotary: {name} is {describe(table)}, expected shape [{tokens}, R/2] or [{batch}, {tokens}, R/2] "
+                f"with R <= {dim}, the same for cos and sin"
+            )
+    if tracing():
+        return _rotary(input, cos, sin, interleaved)
+    return ROTARY(input, cos, sin, interleaved)
