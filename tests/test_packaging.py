@@ -1,4 +1,4 @@
-"""What the wheel promises: no torch in the extension, one OpenMP runtime in the process, kernels that survive a fork."""
+"""What the wheel promises: no torch in the extension, one OpenMP runtime, kernels that survive a fork."""
 
 from __future__ import annotations
 
