@@ -67,7 +67,7 @@ class Decoder:
                 )
         self._model = model
         self._params = params.with_seed()
-        self._device = next(model.parameters(), torch.empty(0)).device
+        self._device = model.device
         self._stop_ids = frozenset(int(token) for token in stop_ids)
         self._stop_index = torch.tensor(sorted(self._stop_ids), dtype=torch.int64, device=self._device)
         self._sequences = list(sequences) if sequences is not None else _occurrences(self._prompts)
@@ -134,8 +134,7 @@ class Decoder:
 
     def _decode(self) -> Tensor:
         ids = torch.tensor([[self._last[row]] for row in self._active], dtype=torch.int64, device=self._device)
-        everyone = len(self._active) == len(self._prompts)
-        rows = None if everyone else torch.tensor(self._active, dtype=torch.int64)
+        rows = None if len(self._active) == len(self._prompts) else self._active
         return self._model.head(self._model.hidden(ids, self._state, rows))[:, -1]
 
     def _sample(self, logits: Tensor) -> Tensor:

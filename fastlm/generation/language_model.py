@@ -85,7 +85,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the model's parameters are."""
-        return next(self.model.parameters(), torch.empty(0)).device
+        return self.model.device
 
     @overload
     def generate(self, prompt: str, **options: Any) -> str: ...
@@ -224,8 +224,10 @@ class LanguageModel:
         return TextAssembler(self.tokenizer.token_bytes, params.stop, params.min_new_tokens)
 
     def __repr__(self) -> str:
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return f"LanguageModel({type(self.model).__name__}, {parameters:,} trainable-precision parameters)"
+        config = self.model.config
+        return (
+            f"LanguageModel({config.architecture}, vocabulary {config.vocab_size:,}, context {config.context_length})"
+        )
 
 
 def load(
