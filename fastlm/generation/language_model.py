@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +18,10 @@ from fastlm.generation.params import SamplingParams
 from fastlm.generation.text import TextAssembler
 from fastlm.models.base import CausalLM
 
-__all__ = ["Completion", "LanguageModel", "Score", "load"]
+if TYPE_CHECKING:
+    from fastlm.evaluation.perplexity import Result
+
+__all__ = ["Completion", "LanguageModel", "load"]
 
 Message = dict[str, str]
 
@@ -41,26 +43,6 @@ class Completion:
     logprobs: list[float] | None = None
     finish_reason: FinishReason = "length"
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Score:
-    """How probable a text is. `log_prob` is the natural-log probability of its `tokens` scored tokens (the first token
-    of a text that starts without a beginning-of-sequence token has nothing to be predicted from and is not scored)."""
-
-    log_prob: float
-    tokens: int
-    bytes: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(-log_prob / tokens)."""
-        return math.exp(-self.log_prob / self.tokens)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """-log2 probability by UTF-8 byte of the text."""
-        return -self.log_prob / math.log(2) / self.bytes
 
 
 class LanguageModel:
@@ -167,7 +149,7 @@ class LanguageModel:
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[str]:
         """Streams the model's answer to a conversation; options as in `generate`."""
-        ids = self.tokenizer.encode(self.chat_prompt(messages), parse_special=True)
+        ids = self.tokenizer.encode_chat(list(messages))
         params = SamplingParams(**options).with_seed()
         return self._stream(Decoder(self.model, [ids], params, stop_ids=self.stop_ids), self._assembler(params))
 
@@ -179,30 +161,17 @@ class LanguageModel:
             raise ValueError(f"ids: shape {list(ids.shape)}, expected [batch, time]")
         return self.model(ids).float()
 
-    @torch.inference_mode()
-    def score(self, text: str) -> Score:
-        """The log-probability of a text under the model.
+    def score(self, text: str) -> Result:
+        """How probable a text is: loss in nats per token, perplexity, bits per byte; each token scored once.
 
-        Texts longer than the model's context are scored in windows that overlap by half, each token once.
+        A text longer than the model's context is read in overlapping windows (see `fastlm.evaluation.evaluate`).
 
         Raises:
             ValueError: the text has fewer than two tokens.
         """
-        ids = self.encode(text)
-        if len(ids) < 2:
-            raise ValueError(f"text: {len(ids)} tokens, and scoring needs at least 2")
-        context = self.model.config.context_length or len(ids)
-        total, scored, start = 0.0, 1, 0
-        while scored < len(ids):
-            window = torch.tensor([ids[start : start + context]], device=self.device)
-            end = start + window.shape[1]
-            hidden = self.model.hidden(window[:, :-1])[0, scored - start - 1 :]
-            targets = window[0, scored - start :]
-            for part, target in zip(hidden.split(256), targets.split(256), strict=True):
-                log_probs = self.model.head(part[None])[0].float().log_softmax(dim=-1)
-                total += float(log_probs.gather(1, target[:, None]).double().sum())
-            scored, start = end, end - max(1, context // 2)
-        return Score(total, len(ids) - 1, len(text.encode()))
+        from fastlm.evaluation.perplexity import evaluate  # which evaluates LanguageModels, and so imports this file
+
+        return evaluate(self, torch.tensor(self.encode(text)), byte_count=len(text.encode()))
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens, after a beginning-of-sequence token where the model wants one."""
