@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import sys
 import time
@@ -58,6 +59,7 @@ def demo(
     from fastlm.models.recurrent import RecurrentConfig
     from fastlm.training import plot_losses
 
+    _claim(out)
     text = "\n".join(corpus("topics"))
     cut = text.rindex("\n", 0, len(text) * 9 // 10) + 1
     _step(1, "Text", f"{len(text):,} characters of Python's language reference; the last tenth is held out")
@@ -135,6 +137,17 @@ def demo(
     )
 
 
+def _claim(out: Path) -> None:
+    """Makes `out` the demo's own. A demonstration starts over each time, but never in somebody else's folder."""
+    marker = out / ".fastlm-demo"
+    if out.exists() and any(out.iterdir()) and not marker.exists():
+        raise ValueError(f"--out: {out} is not empty and not an earlier demo's; give another folder")
+    for name in ("lstm", "gpt"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
 def _step(number: int, title: str, detail: str) -> None:
     console.print(f"\n[bold]{number}. {title}[/]: {detail}", soft_wrap=True)
 
@@ -151,14 +164,10 @@ def _train(
     seconds: float,
     seed: int,
 ) -> _Trained:
-    import shutil
-
     from fastlm import models
     from fastlm.evaluation import evaluate
     from fastlm.training import ProgressBar, Trainer, TrainingConfig
 
-    # A demonstration starts over each time; `fastlm train` is the command that never discards a run.
-    shutil.rmtree(folder, ignore_errors=True)
     model = models.build(config.to_dict() | {"architecture": config.architecture})
     parameters = sum(p.numel() for p in model.parameters())
     _step(number, f"Training the {name}", f"{parameters:,} parameters, at most {seconds:.0f} s")
