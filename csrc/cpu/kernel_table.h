@@ -5,12 +5,21 @@
 // fastlm::<name>(args) then calls the active level's version.
 #pragma once
 
+#include "fastlm/lstm.h"
 #include "fastlm/math.h"
 
 // X(return type, name, parameter list, argument list)
 #define FASTLM_KERNEL_LIST(X)                                                       \
   X(int, simd_lanes, (), ())                                                        \
-  X(void, math_apply, (MathFunction f, const float* x, float* y, int64_t n), (f, x, y, n))
+  X(void, math_apply, (MathFunction f, const float* x, float* y, int64_t n), (f, x, y, n)) \
+  X(void, pack_panels, (const PackPanels& a), (a))                                  \
+  X(int64_t, packed_size, (int64_t k, int64_t n, bool gates), (k, n, gates))        \
+  X(void, lstm_forward, (const LstmForward& a), (a))                                \
+  X(int64_t, lstm_forward_scratch, (int64_t b, int64_t h, int64_t p, bool project, bool save), \
+    (b, h, p, project, save))                                                       \
+  X(void, lstm_backward, (const LstmBackward& a), (a))                              \
+  X(int64_t, lstm_backward_scratch, (int64_t b, int64_t h, int64_t p, bool project), (b, h, p, project)) \
+  X(void, lstm_cell, (const LstmCell& a), (a))
 
 namespace fastlm {
 

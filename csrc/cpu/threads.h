@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include <omp.h>
 #include <sched.h>
 
 namespace fastlm {
@@ -37,10 +38,14 @@ class Barrier {
   Barrier(const Barrier&) = delete;
   Barrier& operator=(const Barrier&) = delete;
 
+  // Before the first wait, by each thread, where the region has turned out to have another number of them.
+  void set_threads(int threads) { threads_.store(threads, std::memory_order_relaxed); }
+
   void wait() {
-    if (threads_ == 1) return;
+    const int threads = threads_.load(std::memory_order_relaxed);
+    if (threads == 1) return;
     const uint32_t generation = generation_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       generation_.store(generation + 1, std::memory_order_release);
       return;
@@ -55,10 +60,24 @@ class Barrier {
 
  private:
   static constexpr int kSpins = 2000;
-  const int threads_;
+  std::atomic<int> threads_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
 };
+
+// Runs body(thread, threads, barrier) on each thread of one parallel region: on this thread alone where `threads` is
+// 1, and on fewer than asked for where OpenMP has no more to give.
+template <typename Body>
+static inline void parallel(int threads, const Body& body) {
+  Barrier barrier(threads > 1 ? threads : 1);
+  if (threads <= 1) return body(0, 1, barrier);
+#pragma omp parallel num_threads(threads)
+  {
+    const int team = omp_get_num_threads();
+    barrier.set_threads(team);
+    body(omp_get_thread_num(), team, barrier);
+  }
+}
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

@@ -17,4 +17,6 @@ inline T* pointer(address a) {
   return reinterpret_cast<T*>(a);
 }
 
+void bind_lstm(py::module_& m);
+
 }  // namespace fastlm

@@ -10,4 +10,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa_compiled", &fastlm::isa_compiled);
   m.def("isa_active", &fastlm::isa_active);
   m.def("isa_force", &fastlm::isa_force, py::arg("level"));
+  m.def("simd_lanes", &fastlm::simd_lanes);
+  fastlm::bind_lstm(m);
 }

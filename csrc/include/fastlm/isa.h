@@ -21,4 +21,7 @@ const char* isa_active();
 // Not thread-safe: meant for start-up and tests.
 bool isa_force(const char* level);
 
+// Floats in a vector at the level in use.
+int simd_lanes();
+
 }  // namespace fastlm

@@ -1,0 +1,102 @@
+// Products of float rows with a weight matrix packed into panels of four vectors' width.
+//
+// A packed matrix is [panels][k][4][lanes]: one panel holds 4 * lanes columns of a k-by-n matrix, its values in the
+// order in which the product reads them, zeros where n ends inside the panel. In a gate-packed matrix a panel is the
+// four gates of `lanes` hidden units, so whoever computes a panel has all that those units' update needs.
+//
+// The products are summed in k order in blocks of kBlock, whatever the number of rows: a row's result never depends
+// on the rows beside it. (Block sums also keep the error of a long sum near that of a short one.)
+#pragma once
+
+#include "simd.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+
+constexpr int kPanel = 4 * kLanes;  // columns of a panel
+constexpr int64_t kBlock = 128;     // a block of a panel stays in the level-1 cache while rows pass over it
+
+// Rows of the register tile: as many as leave registers for a panel's four vectors or a broadcast each.
+#if defined(__AVX512F__)
+constexpr int kRows = 6;
+#elif defined(__AVX2__)
+constexpr int kRows = 3;
+#elif defined(__aarch64__)
+constexpr int kRows = 4;
+#else
+constexpr int kRows = 2;
+#endif
+
+FASTLM_INLINE int64_t panels_for(int64_t columns, int64_t per_panel) { return (columns + per_panel - 1) / per_panel; }
+
+// Rows of a matrix in two pieces: row i is first + i * stride for i < split, rest + i * stride from there on.
+struct Rows {
+  const float* first;
+  const float* rest;
+  int64_t split;
+  int64_t stride;
+  const float* operator[](int64_t i) const { return (i < split ? first : rest) + i * stride; }
+};
+
+// out[r][4][lanes] += sum over k < n of rows[r][k] * panel[k][4][lanes], for R rows.
+template <int R>
+FASTLM_INLINE void panel_tile(const float* const* rows, const float* panel, int64_t n, float* out, int64_t out_stride) {
+  vf sum[R][4];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[r][v] = vf{};
+  for (int64_t k = 0; k < n; ++k, panel += kPanel) {
+    // With few rows the weights come from memory faster than the hardware's prefetcher alone would fetch them. An
+    // address beyond the matrix does no harm.
+    if (R <= 2)
+      for (int line = 0; line < kPanel; line += 16) __builtin_prefetch(panel + 8 * kPanel + line);
+    vf weight[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) weight[v] = load(panel + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vf x = broadcast(rows[r][k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sum[r][v] += x * weight[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      float* p = out + r * out_stride + v * kLanes;
+      store(p, load(p) + sum[r][v]);
+    }
+}
+
+// Fewer rows than the widest tile: picks the tile of `count` rows.
+template <int R>
+FASTLM_INLINE void panel_tail(int64_t count, const float* const* rows, const float* panel, int64_t n, float* out,
+                              int64_t out_stride) {
+  if constexpr (R > 0) {
+    if (count == R) return panel_tile<R>(rows, panel, n, out, out_stride);
+    panel_tail<R - 1>(count, rows, panel, n, out, out_stride);
+  }
+}
+
+// out[i][4][lanes] += row i of `rows` [count, k] times one panel [k][4][lanes]; rows of out are out_stride apart.
+static __attribute__((noinline)) void panel_product(const Rows& rows, int64_t count, const float* panel, int64_t k,
+                                                    float* out, int64_t out_stride) {
+  for (int64_t begin = 0; begin < k; begin += kBlock) {
+    const int64_t n = k - begin < kBlock ? k - begin : kBlock;
+    const float* block = panel + begin * kPanel;
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t tile = count - i < kRows ? count - i : kRows;
+      const float* at[kRows];
+      for (int64_t r = 0; r < tile; ++r) at[r] = rows[i + r] + begin;
+      if (tile == kRows)
+        panel_tile<kRows>(at, block, n, out + i * out_stride, out_stride);
+      else
+        panel_tail<kRows - 1>(tile, at, block, n, out + i * out_stride, out_stride);
+    }
+  }
+}
+
+}  // namespace FASTLM_ISA
+}  // namespace fastlm

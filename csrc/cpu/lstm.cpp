@@ -1,0 +1,405 @@
+#include "fastlm/lstm.h"
+
+#include <cstring>
+
+#include "gemm_panel.h"
+#include "simd_math.h"
+#include "threads.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+
+namespace {
+
+// A thread more must take at least this many multiplications off each step; below, the barrier costs more.
+constexpr int64_t kWorkPerThread = 32 * 1024;
+// Steps are taken together in chunks of about this many rows: x W_ih^T of a chunk, then its recurrence while those
+// gates are still in the cache.
+constexpr int64_t kChunkRows = 128;
+
+int useful_threads(int threads, int64_t work, int64_t panels) {
+  const int64_t most = work / kWorkPerThread < panels ? work / kWorkPerThread : panels;
+  return most < 1 ? 1 : most < threads ? static_cast<int>(most) : threads;
+}
+
+int64_t padded(int64_t columns) { return panels_for(columns, kPanel) * kPanel; }
+int64_t chunk_rows(int64_t batch) { return batch > kChunkRows ? batch : kChunkRows; }
+
+int64_t total_rows(const int64_t* batch_sizes, int64_t steps) {
+  int64_t rows = 0;
+  for (int64_t t = 0; t < steps; ++t) rows += batch_sizes[t];
+  return rows;
+}
+
+FASTLM_INLINE vf load_lanes(const float* p, int n) { return n == kLanes ? load(p) : load_partial(p, n); }
+FASTLM_INLINE void store_lanes(float* p, vf v, int n) {
+  if (n == kLanes)
+    store(p, v);
+  else
+    store_partial(p, v, n);
+}
+FASTLM_INLINE int lanes_left(int64_t columns, int64_t at) {
+  return columns - at < kLanes ? static_cast<int>(columns - at) : kLanes;
+}
+
+// Goes over the steps in the order of the recurrence, or against it.
+class Walk {
+ public:
+  Walk(const int64_t* batch_sizes, int64_t steps, int64_t total, bool descending)
+      : sizes_(batch_sizes), steps_(steps), direction_(descending ? -1 : 1) {
+    step_ = descending ? steps - 1 : 0;
+    begin = descending ? total - sizes_[step_] : 0;
+  }
+  bool done() const { return step_ < 0 || step_ >= steps_; }
+  int64_t rows() const { return sizes_[step_]; }
+  // Rows of the step before or after this one in the walk; 0 beyond its ends.
+  int64_t rows_before() const { return size(step_ - direction_); }
+  int64_t rows_after() const { return size(step_ + direction_); }
+  int64_t begin_before() const { return direction_ > 0 ? begin - rows_before() : begin + rows(); }
+  int64_t begin_after() const { return direction_ > 0 ? begin + rows() : begin - rows_after(); }
+  void advance() {
+    begin = begin_after();
+    step_ += direction_;
+  }
+
+  int64_t begin;  // first row of the step
+
+ private:
+  int64_t size(int64_t t) const { return t < 0 || t >= steps_ ? 0 : sizes_[t]; }
+  const int64_t* sizes_;
+  int64_t steps_, step_, direction_;
+};
+
+// One hidden-unit panel of one row: activates the gates in place, and gives h.
+FASTLM_INLINE vf update(float* gates, const float* c_in, float* c_out, int n) {
+  const vf i = sigmoid(load(gates));
+  const vf f = sigmoid(load(gates + kLanes));
+  const vf g = tanh(load(gates + 2 * kLanes));
+  const vf o = sigmoid(load(gates + 3 * kLanes));
+  store(gates, i);
+  store(gates + kLanes, f);
+  store(gates + 2 * kLanes, g);
+  store(gates + 3 * kLanes, o);
+  const vf c = f * load_lanes(c_in, n) + i * g;
+  store_lanes(c_out, c, n);
+  return o * tanh(c);
+}
+
+void fill_bias(float* gates, const float* bias, int64_t rows) {
+  vf b[4];
+  for (int v = 0; v < 4; ++v) b[v] = load(bias + v * kLanes);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int v = 0; v < 4; ++v) store(gates + i * kPanel + v * kLanes, b[v]);
+}
+
+void zero_panel(float* tile, int64_t rows, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int v = 0; v < 4; ++v) store(tile + i * stride + v * kLanes, vf{});
+}
+
+class Forward {
+ public:
+  explicit Forward(const LstmForward& args) : a(args) {
+    total_ = total_rows(a.batch_sizes, a.steps);
+    save_ = a.gates != nullptr;
+    panels_ = panels_for(a.hidden, kLanes);
+    const int64_t batch = a.batch_sizes[0];
+    float* scratch = a.scratch;
+    gate_rows_ = save_ ? total_ : chunk_rows(batch);
+    gates_ = a.gates;
+    if (!save_) {
+      gates_ = scratch;
+      scratch += panels_ * gate_rows_ * kPanel;
+    }
+    if (a.w_hr != nullptr) {
+      projected_ = scratch;
+      step_hidden_ = scratch + batch * padded(a.outputs);
+    }
+  }
+
+  int threads() const {
+    return useful_threads(a.threads, total_ / a.steps * 4 * a.hidden * a.outputs, panels_);
+  }
+
+  void run(int thread, int threads, Barrier& barrier) {
+    const Range own = share(panels_, thread, threads);
+    const Range own_outputs = share(panels_for(a.outputs, kPanel), thread, threads);
+    Walk ahead(a.batch_sizes, a.steps, total_, a.reverse);
+    Walk step = ahead;
+    while (!step.done()) {
+      // The chunk: steps up to `ahead`, in memory order the rows [low, high).
+      int64_t low = step.begin, high = step.begin + step.rows();
+      for (ahead.advance(); !ahead.done() && high - low + ahead.rows() <= kChunkRows; ahead.advance()) {
+        if (ahead.begin < low) low = ahead.begin;
+        if (ahead.begin + ahead.rows() > high) high = ahead.begin + ahead.rows();
+      }
+      const int64_t base = save_ ? 0 : low;  // the row that gates_ begins with
+      for (int64_t u = own.begin; u < own.end; ++u) {
+        float* gates = gates_ + (u * gate_rows_ + low - base) * kPanel;
+        fill_bias(gates, a.bias + u * kPanel, high - low);
+        const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
+        panel_product(input, high - low, a.w_ih + u * a.inputs * kPanel, a.inputs, gates, kPanel);
+      }
+      for (; !step.done() && step.begin >= low && step.begin < high; step.advance()) {
+        for (int64_t u = own.begin; u < own.end; ++u)
+          hidden_panel(step, u, gates_ + (u * gate_rows_ + step.begin - base) * kPanel);
+        barrier.wait();
+        if (a.w_hr != nullptr) {
+          for (int64_t p = own_outputs.begin; p < own_outputs.end; ++p) project_panel(step, p);
+          barrier.wait();
+        }
+      }
+    }
+  }
+
+ private:
+  // The state of each row of `step` before it: rows that were there one step earlier have it in `states`, the others
+  // begin here.
+  static Rows before(const Walk& step, const float* states, const float* initial, int64_t width) {
+    return {states + step.begin_before() * width, initial, step.rows_before(), width};
+  }
+
+  void hidden_panel(const Walk& step, int64_t u, float* gates) {
+    panel_product(before(step, a.output, a.h0, a.outputs), step.rows(), a.w_hh + u * a.outputs * kPanel, a.outputs,
+                  gates, kPanel);
+    const int64_t at = u * kLanes, width = a.hidden;
+    const int n = lanes_left(width, at);
+    // Cell states are in `cells` where they are saved; else c_n holds each row's newest.
+    const Rows c_in = save_ ? before(step, a.cells, a.c0, width) : Rows{a.c_n, a.c0, step.rows_before(), width};
+    float* c_out = save_ ? a.cells + step.begin * width : a.c_n;
+    float* h_out = a.output + step.begin * width;
+    if (a.w_hr != nullptr) h_out = save_ ? a.unprojected + step.begin * width : step_hidden_;
+    for (int64_t i = 0; i < step.rows(); ++i) {
+      const vf h = update(gates + i * kPanel, c_in[i] + at, c_out + i * width + at, n);
+      store_lanes(h_out + i * width + at, h, n);
+      if (i < step.rows_after()) continue;  // the row has a next step
+      if (save_) store_lanes(a.c_n + i * width + at, load_lanes(c_out + i * width + at, n), n);
+      if (a.w_hr == nullptr) store_lanes(a.h_n + i * width + at, h, n);
+    }
+  }
+
+  void project_panel(const Walk& step, int64_t p) {
+    const int64_t stride = padded(a.outputs), at = p * kPanel;
+    const float* hidden = save_ ? a.unprojected + step.begin * a.hidden : step_hidden_;
+    zero_panel(projected_ + at, step.rows(), stride);
+    panel_product({hidden, nullptr, step.rows(), a.hidden}, step.rows(), a.w_hr + p * a.hidden * kPanel, a.hidden,
+                  projected_ + at, stride);
+    const int64_t bytes = (a.outputs - at < kPanel ? a.outputs - at : kPanel) * static_cast<int64_t>(sizeof(float));
+    for (int64_t i = 0; i < step.rows(); ++i) {
+      std::memcpy(a.output + (step.begin + i) * a.outputs + at, projected_ + i * stride + at, bytes);
+      if (i >= step.rows_after()) std::memcpy(a.h_n + i * a.outputs + at, projected_ + i * stride + at, bytes);
+    }
+  }
+
+  const LstmForward& a;
+  int64_t total_, panels_;
+  int64_t gate_rows_;             // rows of each panel of gates_
+  float* gates_;                  // [H/L][gate_rows][4][L]
+  float* projected_ = nullptr;    // [B, padded P]
+  float* step_hidden_ = nullptr;  // [B, H]: o tanh(c) of the step, with a projection, where it is not saved
+  bool save_;
+};
+
+class Backward {
+ public:
+  explicit Backward(const LstmBackward& args) : a(args) {
+    total_ = total_rows(a.batch_sizes, a.steps);
+    stride_ = padded(a.outputs);
+    carry_ = a.scratch;
+    full_stride_ = padded(a.hidden);
+    full_ = a.scratch + a.batch_sizes[0] * stride_;
+  }
+
+  int threads() const {
+    return useful_threads(a.threads, total_ / a.steps * 4 * a.hidden * a.outputs, panels_for(a.outputs, kPanel));
+  }
+
+  // Without a projection a thread's outputs and hidden units are the same, so what it carries is its own and a step
+  // needs one barrier: every thread's gates go into every thread's share of the product with W_hh.
+  void run(int thread, int threads, Barrier& barrier) {
+    const Range outputs = share(panels_for(a.outputs, kPanel), thread, threads);
+    const Range hidden = share(panels_for(a.hidden, kPanel), thread, threads);
+    const int64_t batch = a.batch_sizes[0];
+    copy_columns(outputs, batch, a.outputs, a.grad_h_n, a.outputs, carry_, stride_);
+    copy_columns(hidden, batch, a.hidden, a.grad_c_n, a.hidden, a.grad_c0, a.hidden);
+    for (Walk step(a.batch_sizes, a.steps, total_, !a.reverse); !step.done(); step.advance()) {
+      const float* grad_output = a.grad_output == nullptr ? nullptr : a.grad_output + step.begin * a.outputs;
+      for (int64_t p = outputs.begin; p < outputs.end; ++p) {
+        add_output(step, p, grad_output);
+        if (a.previous != nullptr) save_previous(step, p);
+      }
+      if (a.w_hr != nullptr) barrier.wait();
+      for (int64_t p = hidden.begin; p < hidden.end; ++p) gates_panel(step, p);
+      barrier.wait();
+      for (int64_t p = outputs.begin; p < outputs.end; ++p) {
+        zero_panel(carry_ + p * kPanel, step.rows(), stride_);
+        panel_product({a.grad_gates + step.begin * 4 * a.hidden, nullptr, step.rows(), 4 * a.hidden}, step.rows(),
+                      a.w_hh + p * 4 * a.hidden * kPanel, 4 * a.hidden, carry_ + p * kPanel, stride_);
+      }
+    }
+    copy_columns(outputs, batch, a.outputs, carry_, stride_, a.grad_h0, a.outputs);
+  }
+
+ private:
+  // The part of the recurrence's own order: the step before is the one after in this walk.
+  static Rows before(const Walk& step, const float* states, const float* initial, int64_t width) {
+    return {states + step.begin_after() * width, initial, step.rows_after(), width};
+  }
+
+  static int64_t columns_in(int64_t p, int64_t columns) {
+    return columns - p * kPanel < kPanel ? columns - p * kPanel : kPanel;
+  }
+
+  // to = from (0 where it is null) in the columns of the panels `own`.
+  static void copy_columns(Range own, int64_t rows, int64_t columns, const float* from, int64_t from_stride, float* to,
+                           int64_t to_stride) {
+    for (int64_t p = own.begin; p < own.end; ++p) {
+      const int64_t at = p * kPanel, bytes = columns_in(p, columns) * static_cast<int64_t>(sizeof(float));
+      for (int64_t i = 0; i < rows; ++i) {
+        if (from == nullptr)
+          std::memset(to + i * to_stride + at, 0, bytes);
+        else
+          std::memcpy(to + i * to_stride + at, from + i * from_stride + at, bytes);
+      }
+    }
+  }
+
+  // dh = what is carried + the output's own; with a projection also kept for the gradient of W_hr.
+  void add_output(const Walk& step, int64_t p, const float* grad_output) {
+    const int64_t at = p * kPanel, n = columns_in(p, a.outputs);
+    for (int64_t i = 0; i < step.rows(); ++i) {
+      float* carry = carry_ + i * stride_ + at;
+      if (grad_output != nullptr)
+        for (int64_t j = 0; j < n; ++j) carry[j] += grad_output[i * a.outputs + at + j];
+      if (a.w_hr != nullptr)
+        std::memcpy(a.grad_projected + (step.begin + i) * a.outputs + at, carry, n * sizeof(float));
+    }
+  }
+
+  void save_previous(const Walk& step, int64_t p) {
+    const int64_t at = p * kPanel, n = columns_in(p, a.outputs);
+    const Rows h = before(step, a.output, a.h0, a.outputs);
+    for (int64_t i = 0; i < step.rows(); ++i)
+      std::memcpy(a.previous + (step.begin + i) * a.outputs + at, h[i] + at, n * sizeof(float));
+  }
+
+  void gates_panel(const Walk& step, int64_t p) {
+    const float* grad_h = carry_;
+    int64_t stride = stride_;
+    if (a.w_hr != nullptr) {
+      zero_panel(full_ + p * kPanel, step.rows(), full_stride_);
+      panel_product({a.grad_projected + step.begin * a.outputs, nullptr, step.rows(), a.outputs}, step.rows(),
+                    a.w_hr + p * a.outputs * kPanel, a.outputs, full_ + p * kPanel, full_stride_);
+      grad_h = full_;
+      stride = full_stride_;
+    }
+    const Rows c_before = before(step, a.cells, a.c0, a.hidden);
+    for (int64_t at = p * kPanel; at < (p + 1) * kPanel && at < a.hidden; at += kLanes) {
+      const int n = lanes_left(a.hidden, at);
+      const float* gates = a.gates + (at / kLanes * total_ + step.begin) * kPanel;
+      for (int64_t i = 0; i < step.rows(); ++i) {
+        const int64_t row = step.begin + i;
+        differentiate(gates + i * kPanel, load_lanes(grad_h + i * stride + at, n),
+                      load_lanes(a.cells + row * a.hidden + at, n), load_lanes(c_before[i] + at, n),
+                      a.grad_c0 + i * a.hidden + at, a.grad_gates + row * 4 * a.hidden + at, n, a.hidden);
+      }
+    }
+  }
+
+  // The derivative of update() for one row and `n` <= L units; grad_c goes from c's gradient to that of c before.
+  FASTLM_INLINE void differentiate(const float* gates, vf grad_h, vf c, vf c_before, float* grad_c, float* grad_gates,
+                                   int n, int64_t hidden) {
+    const vf i = load(gates), f = load(gates + kLanes), g = load(gates + 2 * kLanes), o = load(gates + 3 * kLanes);
+    const vf tanh_c = tanh(c);
+    const vf dc = load_lanes(grad_c, n) + grad_h * o * (1.0f - tanh_c * tanh_c);
+    store_lanes(grad_gates, dc * g * i * (1.0f - i), n);
+    store_lanes(grad_gates + hidden, dc * c_before * f * (1.0f - f), n);
+    store_lanes(grad_gates + 2 * hidden, dc * i * (1.0f - g * g), n);
+    store_lanes(grad_gates + 3 * hidden, grad_h * tanh_c * o * (1.0f - o), n);
+    store_lanes(grad_c, dc * f, n);
+  }
+  const LstmBackward& a;
+  int64_t total_;
+  float* carry_;  // [B, stride]: dh, its columns padded
+  float* full_;   // [B, full_stride]: with a projection, the gradient of o tanh(c)
+  int64_t stride_, full_stride_;
+};
+
+}  // namespace
+
+void pack_panels(const PackPanels& a) {
+  const int64_t units = a.gates ? a.n / 4 : a.n;
+  const int64_t per_panel = a.gates ? kLanes : kPanel;
+  // Where a panel's vector v begins in the source, and how many of its lanes the matrix has.
+  const int64_t between = a.gates ? units : kLanes;
+  const int64_t panels = panels_for(units, per_panel);
+  constexpr int64_t kTile = 16;  // a cache line of the source, when it is read along k
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1)
+  for (int64_t p = 0; p < panels; ++p) {
+    float* panel = a.packed + p * a.k * kPanel;
+    for (int64_t k0 = 0; k0 < a.k; k0 += kTile) {
+      const int64_t k1 = k0 + kTile < a.k ? k0 + kTile : a.k;
+      for (int64_t v = 0; v < 4; ++v) {
+        const int64_t first = p * per_panel + (a.gates ? 0 : v * kLanes);
+        int64_t valid = units - first;
+        valid = valid < 0 ? 0 : valid < kLanes ? valid : kLanes;
+        const float* source = a.source + (p * per_panel + v * between) * a.stride_n;
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          for (int64_t k = k0; k < k1; ++k)
+            panel[k * kPanel + v * kLanes + lane] = lane < valid ? source[k * a.stride_k + lane * a.stride_n] : 0.0f;
+      }
+    }
+  }
+}
+
+int64_t packed_size(int64_t k, int64_t n, bool gates) {
+  return (gates ? panels_for(n / 4, kLanes) : panels_for(n, kPanel)) * k * kPanel;
+}
+
+int64_t lstm_forward_scratch(int64_t batch, int64_t hidden, int64_t outputs, bool project, bool save) {
+  const int64_t gates = save ? 0 : panels_for(hidden, kLanes) * chunk_rows(batch) * kPanel;
+  return gates + (project ? batch * (padded(outputs) + hidden) : 0);
+}
+
+int64_t lstm_backward_scratch(int64_t batch, int64_t hidden, int64_t outputs, bool project) {
+  return batch * (padded(outputs) + (project ? padded(hidden) : 0));
+}
+
+void lstm_forward(const LstmForward& args) {
+  Forward layer(args);
+  parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+}
+
+void lstm_backward(const LstmBackward& args) {
+  Backward layer(args);
+  parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+}
+
+void lstm_cell(const LstmCell& a) {
+  constexpr int64_t kTile = 48;  // rows at a time: their gates stay in the level-1 cache
+  const int64_t panels = panels_for(a.hidden, kLanes);
+  const int team = useful_threads(a.threads, a.batch * 4 * a.hidden * (a.inputs + a.hidden), panels);
+  parallel(team, [&](int thread, int threads, Barrier&) {
+    const Range own = share(panels, thread, threads);
+    alignas(64) float gates[kTile * kPanel];
+    for (int64_t u = own.begin; u < own.end; ++u) {
+      const int64_t at = u * kLanes;
+      const int n = lanes_left(a.hidden, at);
+      for (int64_t low = 0; low < a.batch; low += kTile) {
+        const int64_t rows = a.batch - low < kTile ? a.batch - low : kTile;
+        fill_bias(gates, a.bias + u * kPanel, rows);
+        panel_product({a.input + low * a.inputs, nullptr, rows, a.inputs}, rows, a.w_ih + u * a.inputs * kPanel,
+                      a.inputs, gates, kPanel);
+        panel_product({a.h + low * a.hidden, nullptr, rows, a.hidden}, rows, a.w_hh + u * a.hidden * kPanel, a.hidden,
+                      gates, kPanel);
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t cell = (low + i) * a.hidden + at;
+          store_lanes(a.h_out + cell, update(gates + i * kPanel, a.c + cell, a.c_out + cell, n), n);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace FASTLM_ISA
+}  // namespace fastlm

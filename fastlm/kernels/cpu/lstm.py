@@ -1,0 +1,259 @@
+"""The native LSTM: one direction of one layer over a packed sequence, its gradients, and a single step.
+
+A packed sequence is torch's: rows [N, ...] in time order, `batch_sizes[t]` of them for step t, none greater than the
+one before; row b of every step belongs to sequence b. A padded batch [T, B, ...] is `batch_sizes = [B] * T`.
+Everything is float32 on the CPU; tensors need not be contiguous. The gates are i, f, g, o, as in torch.
+
+The forward pass is ours throughout, input projection included, so that a row's result never depends on the other
+rows, the length of the sequence or the thread count. Of the gradients the recurrence is ours; those of the weights
+and of the input are one matrix product each over all steps, which torch's sgemm does as well as can be done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm.kernels import native
+from fastlm.kernels.packing import cached, pack
+
+__all__ = ["Gradients", "Saved", "cell", "layer_backward", "layer_forward", "why_not"]
+
+
+class _Packed(NamedTuple):
+    w_ih: Tensor
+    w_hh: Tensor
+    bias: Tensor
+    w_hr: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs. `tensors` can go through `ctx.save_for_backward`."""
+
+    tensors: tuple[Tensor | None, ...]
+    """input, w_ih, w_hh, w_hr, h0, c0, output, gates [panels, N, 4, lanes], cells [N, H], unprojected [N, H]."""
+    batch_sizes: Sequence[int]
+    reverse: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients of `layer_forward`'s arguments, None where not needed."""
+
+    input: Tensor | None
+    w_ih: Tensor | None
+    w_hh: Tensor | None
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+    h0: Tensor | None
+    c0: Tensor | None
+
+
+def why_not(**tensors: Tensor | None) -> str | None:
+    """Why these tensors, given by the names to use in the reason, can't go to the native LSTM; None if they can."""
+    if native.CPU.module is None:
+        return native.CPU.error
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype is not torch.float32:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, only float32 is done natively"
+        if not tensor.is_cpu:
+            return f"{name} is on {tensor.device}, not on the CPU"
+        if tensor.layout is not torch.strided:
+            return f"{name} has the layout {tensor.layout}"
+    return None
+
+
+def _packed(
+    w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None
+) -> _Packed:
+    def make() -> _Packed:
+        biases = [bias.detach() for bias in (b_ih, b_hh) if bias is not None]
+        total = sum(biases[1:], biases[0]) if biases else torch.zeros(w_ih.shape[0])
+        return _Packed(
+            pack(w_ih.t(), gates=True),
+            pack(w_hh.t(), gates=True),
+            pack(total[None], gates=True),
+            None if w_hr is None else pack(w_hr.t()),
+        )
+
+    return cached("lstm", (w_ih, w_hh, b_ih, b_hh, w_hr), make)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def layer_forward(
+    input: Tensor,
+    batch_sizes: Sequence[int],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
+    """One direction of one layer over a packed sequence.
+
+    Args:
+        input: [N, I].
+        batch_sizes: at least one, each at least 1 and none greater than the one before; they sum to N.
+        w_ih, w_hh: [4H, I], [4H, P].
+        b_ih, b_hh: [4H] or None.
+        w_hr: [P, H], the projection, or None: P = H.
+        h0, c0: [B, P], [B, H], where B = batch_sizes[0].
+        reverse: walk from the last step to the first; a sequence begins at its own last step.
+        save: keep what `layer_backward` needs.
+
+    Returns:
+        output [N, P], h_n [B, P], c_n [B, H], and what to give to `layer_backward` (None without `save`).
+
+    Raises:
+        ValueError: `batch_sizes` is empty or not as above.
+    """
+    module = native.CPU.require()
+    rows, inputs = input.shape
+    batch, outputs = h0.shape
+    hidden = c0.shape[1]
+    packed = _packed(w_ih, w_hh, b_ih, b_hh, w_hr)
+    input, h0, c0 = input.contiguous(), h0.contiguous(), c0.contiguous()
+    output, h_n, c_n = input.new_empty(rows, outputs), torch.empty_like(h0), torch.empty_like(c0)
+    gates = cells = unprojected = None
+    if save:
+        lanes = module.simd_lanes()
+        gates = input.new_empty(-(-hidden // lanes), rows, 4, lanes)
+        cells = input.new_empty(rows, hidden)
+        unprojected = None if w_hr is None else torch.empty_like(cells)
+    scratch = input.new_empty(module.lstm_forward_scratch(batch, hidden, outputs, w_hr is not None, save))
+    module.lstm_forward(
+        batch_sizes,
+        inputs,
+        hidden,
+        outputs,
+        reverse,
+        input.data_ptr(),
+        packed.w_ih.data_ptr(),
+        packed.w_hh.data_ptr(),
+        packed.bias.data_ptr(),
+        _address(packed.w_hr),
+        h0.data_ptr(),
+        c0.data_ptr(),
+        output.data_ptr(),
+        h_n.data_ptr(),
+        c_n.data_ptr(),
+        _address(gates),
+        _address(cells),
+        _address(unprojected),
+        scratch.data_ptr(),
+        native.num_threads(),
+    )
+    if not save:
+        return output, h_n, c_n, None
+    tensors = (input, w_ih, w_hh, w_hr, h0, c0, output, gates, cells, unprojected)
+    return output, h_n, c_n, Saved(tensors, batch_sizes, reverse)
+
+
+def layer_backward(
+    saved: Saved,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    needs: Sequence[bool] = (True,) * 8,
+) -> Gradients:
+    """Gradients of `layer_forward`, given those of its results (None: zero). Deterministic.
+
+    Args:
+        saved: from `layer_forward`.
+        grad_output, grad_h_n, grad_c_n: [N, P], [B, P], [B, H].
+        needs: which of `Gradients` to compute, in its order.
+    """
+    module = native.CPU.require()
+    input, w_ih, w_hh, w_hr, h0, c0, output, gates, cells, unprojected = saved.tensors
+    assert input is not None and w_ih is not None and w_hh is not None and h0 is not None and c0 is not None
+    assert gates is not None and cells is not None and output is not None
+    if gates.shape[-1] != module.simd_lanes():
+        raise RuntimeError("lstm: the instruction-set level has changed since the forward pass")
+    rows = input.shape[0]
+    batch, outputs = h0.shape
+    hidden = c0.shape[1]
+    columns = cached("columns", (w_hh,), lambda: pack(w_hh))
+    projection = None if w_hr is None else cached("columns", (w_hr,), lambda: pack(w_hr))
+    grads = [None if grad is None else grad.contiguous() for grad in (grad_output, grad_h_n, grad_c_n)]
+    grad_gates = input.new_empty(rows, 4 * hidden)
+    grad_projected = None if w_hr is None else input.new_empty(rows, outputs)
+    previous = input.new_empty(rows, outputs) if needs[2] else None
+    grad_h0, grad_c0 = torch.empty_like(h0), torch.empty_like(c0)
+    scratch = input.new_empty(module.lstm_backward_scratch(batch, hidden, outputs, w_hr is not None))
+    module.lstm_backward(
+        saved.batch_sizes,
+        hidden,
+        outputs,
+        saved.reverse,
+        columns.data_ptr(),
+        _address(projection),
+        h0.data_ptr(),
+        c0.data_ptr(),
+        output.data_ptr(),
+        gates.data_ptr(),
+        cells.data_ptr(),
+        _address(grads[0]),
+        _address(grads[1]),
+        _address(grads[2]),
+        grad_gates.data_ptr(),
+        _address(grad_projected),
+        _address(previous),
+        grad_h0.data_ptr(),
+        grad_c0.data_ptr(),
+        scratch.data_ptr(),
+        native.num_threads(),
+    )
+    grad_bias = grad_gates.sum(0) if needs[3] or needs[4] else None
+    return Gradients(
+        grad_gates @ w_ih.detach() if needs[0] else None,
+        grad_gates.t() @ input.detach() if needs[1] else None,
+        None if previous is None else grad_gates.t() @ previous,
+        grad_bias if needs[3] else None,
+        grad_bias.clone() if needs[4] and grad_bias is not None else None,
+        grad_projected.t() @ unprojected if needs[5] and grad_projected is not None else None,
+        grad_h0 if needs[6] else None,
+        grad_c0 if needs[7] else None,
+    )
+
+
+def cell(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One step for a batch: input [B, I], h and c [B, H] -> the next h and c. The same bits as `layer_forward`."""
+    packed = _packed(w_ih, w_hh, b_ih, b_hh)
+    input, h, c = input.contiguous(), h.contiguous(), c.contiguous()
+    batch, inputs = input.shape
+    h_out, c_out = torch.empty_like(h), torch.empty_like(c)
+    native.CPU.require().lstm_cell(
+        batch,
+        inputs,
+        h.shape[1],
+        input.data_ptr(),
+        h.data_ptr(),
+        c.data_ptr(),
+        packed.w_ih.data_ptr(),
+        packed.w_hh.data_ptr(),
+        packed.bias.data_ptr(),
+        h_out.data_ptr(),
+        c_out.data_ptr(),
+        native.num_threads(),
+    )
+    return h_out, c_out

@@ -1,0 +1,345 @@
+"""The native LSTM against torch's, judged by a float64 LSTM; and what it promises beyond: bits that depend on nothing
+but the row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close_to_reference
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastlm.kernels import native, packing
+from fastlm.kernels.cpu import lstm
+
+pytestmark = pytest.mark.skipif(native.CPU.module is None, reason=str(native.CPU.error))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Memory that a kernel leaves unwritten holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+NAMES = ("output", "h_n", "c_n", "input", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h0", "c0")
+
+
+class Case:
+    """One direction of a layer: torch's module, and random inputs and gradients of the results."""
+
+    def __init__(
+        self, inputs: int, hidden: int, projected: int, batch_sizes: Sequence[int], *, reverse: bool, bias: bool = True
+    ) -> None:
+        self.batch_sizes, self.reverse = list(batch_sizes), reverse
+        rows, batch, outputs = sum(batch_sizes), batch_sizes[0], projected or hidden
+        self.module = torch.nn.LSTM(inputs, hidden, bias=bias, bidirectional=reverse, proj_size=projected)
+        suffix = "_l0_reverse" if reverse else "_l0"
+        self.names = [
+            name + suffix if getattr(self.module, name + suffix, None) is not None else None
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        ]
+        self.input, self.h0, self.c0 = (
+            torch.randn(rows, inputs),
+            torch.randn(batch, outputs),
+            torch.randn(batch, hidden),
+        )
+        self.grads = torch.randn(rows, outputs), torch.randn(batch, outputs), torch.randn(batch, hidden)
+
+    @property
+    def weights(self) -> list[Tensor | None]:
+        return [None if name is None else getattr(self.module, name) for name in self.names]
+
+    def torch(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """torch's results and gradients."""
+        module = copy.deepcopy(self.module).to(dtype)
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (self.input, self.h0, self.c0)]
+        weights = [None if name is None else getattr(module, name) for name in self.names]
+        states = [torch.stack([leaf] * (2 if self.reverse else 1)) for leaf in leaves[1:]]
+        output, (h_n, c_n) = module(PackedSequence(leaves[0], torch.tensor(self.batch_sizes)), tuple(states))
+        results = [output.data[:, -self.h0.shape[1] :], h_n[-1], c_n[-1]]
+        wanted = [leaves[0], *weights, *leaves[1:]]
+        given = [t for t in wanted if t is not None]
+        grads = iter(torch.autograd.grad(results, given, [g.to(dtype) for g in self.grads]))
+        found = [*results, *(None if t is None else next(grads) for t in wanted)]
+        return {name: t.detach() for name, t in zip(NAMES, found, strict=True) if t is not None}
+
+    def native(self, batch: slice | None = None, *, save: bool = True) -> dict[str, Tensor]:
+        """Ours; with `batch`, of those sequences alone (batch sizes all equal)."""
+        input, h0, c0, sizes = self.input, self.h0, self.c0, self.batch_sizes
+        grad_output, grad_h, grad_c = self.grads
+        if batch is not None:
+            steps = len(sizes)
+            input = input.view(steps, sizes[0], -1)[:, batch].flatten(0, 1)
+            grad_output = grad_output.view(steps, sizes[0], -1)[:, batch].flatten(0, 1)
+            h0, c0, grad_h, grad_c = h0[batch], c0[batch], grad_h[batch], grad_c[batch]
+            sizes = [h0.shape[0]] * steps
+        *results, saved = lstm.layer_forward(input, sizes, *self.weights, h0, c0, self.reverse, save)
+        if saved is None:
+            return dict(zip(NAMES, results, strict=False))
+        grads = lstm.layer_backward(saved, grad_output, grad_h, grad_c, [True] * 8)
+        found = dict(zip(NAMES, [*results, *grads], strict=True))
+        return {name: t for name, t in found.items() if t is not None and self.has(name)}
+
+    def has(self, name: str) -> bool:
+        return not (name.startswith("b_") and self.names[2] is None)
+
+    def check(self, found: dict[str, Tensor]) -> None:
+        exact, peer = self.torch(torch.float64), self.torch(torch.float32)
+        assert found.keys() == exact.keys()
+        for name, value in found.items():
+            assert_close_to_reference(value, peer[name], exact[name], floor=2e-6)
+
+
+RAGGED = [7, 7, 5, 2, 2, 1]
+SHAPES = [
+    (3, 5, 0, [1]),
+    (16, 16, 0, [4] * 3),
+    (37, 50, 0, RAGGED),
+    (130, 150, 0, [70] * 3),  # more rows than a chunk holds, more columns than a block of the sum
+    (64, 64, 0, [2] * 150),  # more than one chunk of steps
+    (20, 33, 7, RAGGED),
+    (30, 64, 40, [9] * 4),
+]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("inputs", "hidden", "projected", "batch_sizes"), SHAPES)
+def test_agrees_with_torch(
+    isa: str, inputs: int, hidden: int, projected: int, batch_sizes: list[int], reverse: bool
+) -> None:
+    case = Case(inputs, hidden, projected, batch_sizes, reverse=reverse)
+    case.check(case.native())
+
+
+def test_agrees_with_torch_without_bias(isa: str) -> None:
+    case = Case(9, 21, 0, RAGGED, reverse=False, bias=False)
+    case.check(case.native())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 40),
+    st.integers(2, 40),
+    st.integers(0, 20),
+    st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    st.booleans(),
+)
+def test_any_shape(inputs: int, hidden: int, projected: int, sizes: list[int], reverse: bool) -> None:
+    case = Case(inputs, hidden, min(projected, hidden - 1), sorted(sizes, reverse=True), reverse=reverse)
+    case.check(case.native())
+
+
+@pytest.mark.parametrize("projected", [0, 24])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_bits_do_not_depend_on_batch_threads_or_saving(isa: str, reverse: bool, projected: int) -> None:
+    case = Case(70, 200, projected, [13] * 20, reverse=reverse)
+    whole = case.native()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            again = case.native()
+            for name in NAMES[:3]:
+                assert torch.equal(again[name], whole[name]), (threads, name)
+            inference = case.native(save=False)
+            for name in NAMES[:3]:
+                assert torch.equal(inference[name], whole[name]), (threads, name)
+    finally:
+        torch.set_num_threads(before)
+    for rows in (slice(0, 1), slice(4, 6), slice(5, 12)):
+        part = case.native(rows)
+        steps = whole["output"].view(20, 13, -1)[:, rows].flatten(0, 1)
+        assert torch.equal(part["output"], steps)
+        for name in ("h_n", "c_n", "h0", "c0"):
+            assert torch.equal(part[name], whole[name][rows]), name
+
+
+def test_gradients_are_deterministic(isa: str) -> None:
+    case = Case(70, 200, 0, RAGGED, reverse=False)
+    first, second = case.native(), case.native()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 50])
+@pytest.mark.parametrize("hidden", [33, 256])
+def test_cell_gives_the_bits_of_the_layer(isa: str, batch: int, hidden: int) -> None:
+    case = Case(140, hidden, 0, [batch] * 3, reverse=False)
+    output, h_n, c_n, _ = lstm.layer_forward(case.input, [batch] * 3, *case.weights, case.h0, case.c0, False, False)
+    h, c = case.h0, case.c0
+    for step in range(3):
+        h, c = lstm.cell(case.input.view(3, batch, -1)[step], h, c, *case.weights[:4])
+        assert torch.equal(h, output.view(3, batch, -1)[step])
+    assert torch.equal(h, h_n)
+    assert torch.equal(c, c_n)
+
+
+def test_a_sequence_in_pieces_gives_the_same_bits(isa: str) -> None:
+    case = Case(40, 72, 0, [3] * 200, reverse=False)
+    whole = case.native(save=False)
+    h, c, outputs = case.h0, case.c0, []
+    for piece in case.input.view(200, 3, -1).split([1, 99, 50, 50]):
+        output, h, c, _ = lstm.layer_forward(piece.flatten(0, 1), [3] * len(piece), *case.weights, h, c, False, False)
+        outputs.append(output)
+    assert torch.equal(torch.cat(outputs), whole["output"])
+    assert torch.equal(c, whole["c_n"])
+
+
+def test_strided_arguments_and_partial_needs(isa: str) -> None:
+    case = Case(12, 20, 0, [3] * 4, reverse=False)
+    expected = case.native()
+    case.input = torch.stack([case.input] * 2, -1)[..., 0]
+    case.h0 = case.h0.t().contiguous().t()
+    weights = [torch.stack([w] * 2, -1)[..., 0] for w in case.weights[:4]]
+    *results, saved = lstm.layer_forward(case.input, [3] * 4, *weights, None, case.h0, case.c0, False, True)
+    for name, value in zip(NAMES, results, strict=False):
+        assert torch.equal(value, expected[name])
+    grad_output = torch.stack([case.grads[0]] * 2, -1)[..., 0]
+    only = lstm.layer_backward(
+        saved, grad_output, *case.grads[1:], [False, True, False, False, True, False, False, True]
+    )
+    assert [g is not None for g in only] == [False, True, False, False, True, False, False, True]
+    assert torch.equal(only.w_ih, expected["w_ih"])
+    assert torch.equal(only.b_hh, expected["b_hh"])
+    assert torch.equal(only.c0, expected["c0"])
+
+
+def test_missing_gradients_are_zero(isa: str) -> None:
+    case = Case(5, 19, 0, RAGGED, reverse=True)
+    *_, saved = lstm.layer_forward(case.input, RAGGED, *case.weights, case.h0, case.c0, True, True)
+    zeros = [torch.zeros_like(g) for g in case.grads]
+    for present in range(3):
+        grads = [case.grads[i] if i == present else None for i in range(3)]
+        filled = [case.grads[i] if i == present else zeros[i] for i in range(3)]
+        for ours, expected in zip(lstm.layer_backward(saved, *grads), lstm.layer_backward(saved, *filled), strict=True):
+            assert ours is None or torch.equal(ours, expected)
+
+
+def test_nan_stays_in_its_row(isa: str) -> None:
+    case = Case(8, 24, 0, [4] * 5, reverse=False)
+    clean = case.native(save=False)["output"].view(5, 4, -1)
+    case.input[9] = float("nan")  # sequence 1, step 2
+    output = case.native(save=False)["output"].view(5, 4, -1)
+    assert output[2:, 1].isnan().all()
+    output[2:, 1] = clean[2:, 1]
+    assert torch.equal(output, clean)
+
+
+@pytest.mark.parametrize("batch_sizes", [[], [2, 3], [2, 0]])
+def test_bad_batch_sizes_are_refused(batch_sizes: list[int]) -> None:
+    case = Case(4, 8, 0, [2, 2], reverse=False)
+    with pytest.raises(ValueError, match="batch_sizes"):
+        lstm.layer_forward(case.input, batch_sizes, *case.weights, case.h0, case.c0, False, False)
+
+
+def test_why_not_names_the_argument() -> None:
+    x = torch.zeros(2, 3)
+    assert lstm.why_not(input=x, bias=None) is None
+    assert "input is float64" in str(lstm.why_not(weight=x, input=x.double()))
+    assert "h0 is on meta" in str(lstm.why_not(h0=x.to("meta")))
+    assert "layout" in str(lstm.why_not(w=x.to_sparse()))
+
+
+# Tests of the tests: a faulty kernel, as seen by the very comparison used above.
+
+
+def _swapped_gates(case: Case, found: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for weight in case.weights[:4]:
+            weight.copy_(torch.cat([weight.chunk(4)[i] for i in (0, 1, 3, 2)]))
+    found.update(case.native())
+
+
+FAULTS = {
+    "zeros": lambda case, found: found.update(output=torch.zeros_like(found["output"])),
+    "zero gradient": lambda case, found: found.update(w_hh=torch.zeros_like(found["w_hh"])),
+    "rows shifted by one": lambda case, found: found.update(output=found["output"].roll(1, 0)),
+    "unwritten": lambda case, found: found["h_n"][0].fill_(float("nan")),
+    "wrong state on joining": lambda case, found: found.update(h0=found["h0"].roll(1, 0)),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "gates swapped"])
+def test_a_fault_is_noticed(fault: str) -> None:
+    case = Case(11, 18, 0, RAGGED, reverse=True)
+    found = case.native()
+    case.check(found)
+    if fault == "gates swapped":
+        faulty = copy.deepcopy(case)
+        _swapped_gates(faulty, found)
+    else:
+        FAULTS[fault](case, found)
+    with pytest.raises(AssertionError):
+        case.check(found)
+
+
+class TestPackedWeights:
+    """What `cached` may and may not remember."""
+
+    @staticmethod
+    def step(case: Case) -> Tensor:
+        h, _ = lstm.cell(case.input[:1], case.h0[:1], case.c0[:1], *case.weights[:4])
+        return h
+
+    def fresh(self, case: Case) -> Tensor:
+        packing.clear()
+        return self.step(case)
+
+    def test_is_kept_while_nothing_changes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = Case(6, 20, 0, [1], reverse=False)
+        before = self.step(case)
+        monkeypatch.setattr(lstm, "pack", lambda *_, **__: pytest.fail("packed again"))
+        assert torch.equal(self.step(case), before)
+
+    @pytest.mark.parametrize("change", ["optimizer", "load_state_dict", "data", "write through data", "bias", "half"])
+    def test_is_never_stale(self, change: str) -> None:
+        case = Case(6, 20, 0, [1], reverse=False)
+        before = self.step(case)
+        module = case.module
+        if change == "optimizer":
+            optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+            module(case.input)[0].sum().backward()
+            optimizer.step()
+        elif change == "load_state_dict":
+            module.load_state_dict(torch.nn.LSTM(6, 20).state_dict())
+        elif change == "data":
+            module.weight_hh_l0.data = torch.randn(80, 20)
+        elif change == "write through data":
+            module.weight_hh_l0.data.mul_(2)
+        elif change == "bias":
+            with torch.no_grad():
+                module.bias_hh_l0[0] += 1
+        else:
+            module.to(torch.float64).to(torch.float32)
+            with torch.no_grad():
+                module.weight_ih_l0 += 1
+        after = self.step(case)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, self.fresh(case))
+
+    def test_inference_tensors_are_not_kept(self) -> None:
+        case = Case(6, 20, 0, [1], reverse=False)
+        with torch.inference_mode():
+            weights = [w.clone() for w in case.weights[:4]]
+            first, _ = lstm.cell(case.input, case.h0, case.c0, *weights)
+            weights[1][3, 3] += 1
+            second, _ = lstm.cell(case.input, case.h0, case.c0, *weights)
+        assert not torch.equal(first, second)
+
+    def test_goes_with_the_weights(self) -> None:
+        packing.clear()
+        case = Case(6, 20, 0, [1], reverse=False)
+        self.step(case)
+        assert len(packing._entries) == 1
+        del case
+        import gc
+
+        gc.collect()
+        assert len(packing._entries) == 0
