@@ -1,0 +1,51 @@
+"""Strings that tokenizers are apt to disagree on."""
+
+from __future__ import annotations
+
+STRINGS = [
+    "",
+    " ",
+    "\n",
+    "a",
+    "Hello, world!",
+    " leading and trailing ",
+    "  two   three    four     five",
+    "tabs\tand\t\ttabs \t mixed",
+    "line\nline\n\nline\n\n\n  indented\r\nwindows\r\n\r\nend\n",
+    "   \n   \n",
+    "\n\n\n",
+    "\u00a0non-breaking\u00a0 space\u2003em\u3000ideographic",
+    "I'm you're we'll they'd it's can't I've 'S 'RE 'tis",
+    "I'M YOU'RE WE'LL THEY'D",
+    "3.14159 1,234,567 0x1F 2026-11-22 12345678901234567890",
+    "١٢٣ ४५६ Ⅷ ½ ² ৳৫০",
+    "über naïve façade Ångström e\u0301 cafe\u0301 ﬁ",
+    "Привет, мир! Γειά σου Κόσμε",
+    "שלום עולם مرحبا بالعالم",
+    "नमस्ते दुनिया สวัสดีชาวโลก",
+    "你好，世界！这是一个测试。日本語のテキスト、カタカナ。한국어 문장",
+    "😀 👍🏽 👨‍👩‍👧‍👦 🇩🇪 ❤️ 🏳️‍🌈🤷🏻‍♀️",
+    "𝕳𝖊𝖑𝖑𝖔 𝟙𝟚𝟛 𐍈 \U0010ffff",
+    "zero\u200bwidth\u200djoin\ufeffbom",
+    "\x00\x01\x02\x7f\x80\x9f control",
+    "def f(x: int) -> list[str]:\n    return [str(i) for i in range(x)]  # comment\n\n\nclass A:\n\tpass\n",
+    "for (int i = 0; i < n; ++i) { a[i] += b[i] << 2; } // !@#$%^&*()_+-={}[]|\\:;\"'<>,.?/~`",
+    "SELECT * FROM t WHERE a<>'x';--\n{\"json\": [1, 2.5e-3, null, true]}",
+    "https://example.org/path?query=1&b=%20#frag user@example.org",
+    "....!!!???,,,;;;---___***",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "supercalifragilisticexpialidocious antidisestablishmentarianism",
+    "CamelCaseWords snake_case_words kebab-case-words SCREAMING_CASE mixedCASE",
+    "<|endoftext|> <|im_start|>user\nhi<|im_end|> <s> </s> <unk> <0x0A>",
+    "\ufffd\ufffd replacement",
+]
+
+INVALID_UTF8 = [
+    b"\xff\xfe",
+    b"abc\x80def",
+    b"broken \xe2\x82 euro",
+    b"cut off \xf0\x9f\x98",
+    b"\xc3(",
+    b"\xf8\x88\x80\x80\x80 five bytes",
+    b"ok \xe2\x82\xac then \xe2\x28\xa1",
+]
