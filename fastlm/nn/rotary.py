@@ -33,8 +33,6 @@ class Rotary(torch.nn.Module):
         ValueError: `rotary_dim` is odd; `scaling` is of an unknown type or lacks a key.
     """
 
-    frequencies: Tensor
-
     def __init__(
         self,
         rotary_dim: int,
@@ -50,13 +48,15 @@ class Rotary(torch.nn.Module):
         self.base = base
         self.interleaved = interleaved
         # In float32, operation by operation as transformers computes them: long contexts amplify the last bit.
-        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
-        frequencies = _scaled(1.0 / (base**exponents), dict(scaling or {}))
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
+        # Not a buffer, which `module.to(torch.bfloat16)` would round, and the meta device would empty.
+        self.frequencies = _scaled(1.0 / (base**exponents), dict(scaling or {}))
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each float32 [..., rotary_dim / 2], of integer positions [...] ([T] or [B, T])."""
-        angles = positions.to(torch.float32)[..., None] * self.frequencies.float()
+        if self.frequencies.device != positions.device:
+            self.frequencies = self.frequencies.to(positions.device)
+        angles = positions.to(torch.float32)[..., None] * self.frequencies
         return angles.cos(), angles.sin()
 
     def forward(self, input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastlm.models.base import CausalLM, ModelConfig, State, initialize
+from fastlm.nn.attention import Attention
+from fastlm.nn.linear import Linear
+from fastlm.nn.mlp import MLP
+from fastlm.nn.norm import LayerNorm
+from fastlm.nn.state import KVCache, KVStep, Rows
+
+__all__ = ["GPT", "GPTConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig(ModelConfig):
+    """Sizes of a GPT. The defaults are GPT-2's smallest; `intermediate_size` None is 4 * hidden_size."""
+
+    architecture = "gpt"
+    vocab_size: int = 50257
+    context_length: int = 1024
+    num_layers: int = 12
+    num_heads: int = 12
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    dropout: float = 0.0
+    bias: bool = True
+    tie_embeddings: bool = True
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self.expect_positive("vocab_size", "context_length", "num_layers", "num_heads", "hidden_size")
+        self.expect_probability("dropout")
+
+
+class GPTLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        size, bias = config.hidden_size, config.bias
+        self.dropout = config.dropout
+        self.attention_norm = LayerNorm(size, eps=config.layer_norm_eps, bias=bias)
+        self.attention = Attention(
+            size, config.num_heads, fused=True, qkv_bias=bias, output_bias=bias, dropout=config.dropout
+        )
+        self.mlp_norm = LayerNorm(size, eps=config.layer_norm_eps, bias=bias)
+        self.mlp = MLP(size, config.intermediate_size or 4 * size, bias=bias)
+
+    def forward(self, x: Tensor, step: KVStep | None, layer: int) -> Tensor:
+        """x [B, T, hidden_size] to the same."""
+        x = x + functional.dropout(
+            self.attention(self.attention_norm(x), None, step, layer), self.dropout, self.training
+        )
+        return x + functional.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+
+
+class GPT(CausalLM):
+    """Learned positions, layer norm before each block, fused query-key-value projection, GELU in its tanh form."""
+
+    config: GPTConfig
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.context_length, config.hidden_size)
+        self.layers = nn.ModuleList(GPTLayer(config) for _ in range(config.num_layers))
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.bias)
+        self.output = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        initialize(self, config.num_layers, residual=("attention.output", "mlp.down"))
+
+    def hidden(self, input_ids: Tensor, state: State | None = None, rows: Rows = None) -> Tensor:
+        self.check_ids(input_ids)
+        batch, count = input_ids.shape
+        step = None
+        positions = torch.arange(count, device=input_ids.device)
+        if state is not None:
+            assert isinstance(state, KVCache)
+            step = state.step(batch, count, rows)
+            # [B, T]
+            positions = positions + torch.tensor(step.starts, device=input_ids.device)[:, None]
+        x = self.embedding(input_ids) + self.positions(positions)
+        x = functional.dropout(x, self.config.dropout, self.training)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, step, index)
+        if state is not None:
+            state.advance(count, rows)
+        return self.norm(x)
+
+    def make_state(self, rows: int, max_length: int | None = None) -> KVCache:
+        """An empty KV cache. ValueError: max_length exceeds the learned positions."""
+        config = self.config
+        max_length = max_length or config.context_length
+        if max_length > config.context_length:
+            raise ValueError(f"max_length: {max_length} exceeds the model's context length of {config.context_length}")
+        return KVCache.allocate(
+            rows,
+            max_length,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_heads,
+            head_dim=config.hidden_size // config.num_heads,
+            dtype=self.dtype,
+            device=self.device,
+        )

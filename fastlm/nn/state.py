@@ -1,0 +1,248 @@
+"""What a model remembers of the tokens it has read: a KV cache for attention, hidden states for recurrence.
+
+Both have rows, one per sequence, each with its own length, so that ragged batches need no padding; `row(i)` is a view
+that shares memory, so that one row can be prefilled alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastlm import ops
+
+__all__ = ["KVCache", "KVStep", "RecurrentState", "Rows"]
+
+Rows: TypeAlias = Sequence[int] | Tensor | None
+"""Which rows of a state a batch's entries belong to: distinct indices, or None for all of them in order."""
+
+
+def _row_list(rows: Rows, available: int) -> list[int]:
+    if rows is None:
+        return list(range(available))
+    found: list[int] = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+    if any(not 0 <= row < available for row in found) or len(set(found)) != len(found):
+        raise ValueError(f"rows: {found}, expected distinct indices from 0 to {available - 1}")
+    return found
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, preallocated.
+
+    Attributes:
+        keys, values: per layer [rows, kv_heads, max_length, head_dim]; what lies beyond a row's length is undefined.
+        lengths: int64 [rows] on the CPU, tokens stored in each row.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], lengths: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+        self.lengths = lengths
+        self.max_length: int = keys[0].shape[2]
+
+    @classmethod
+    def allocate(
+        cls,
+        rows: int,
+        max_length: int,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> KVCache:
+        """An empty cache. The memory is not touched before it is used, so a long `max_length` costs nothing at first.
+
+        Raises:
+            ValueError: `rows` or `max_length` is not positive.
+        """
+        if rows < 1 or max_length < 1:
+            raise ValueError(f"KVCache: rows={rows}, max_length={max_length}, expected both to be positive")
+        shape = (rows, num_kv_heads, max_length, head_dim)
+        keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        return cls(keys, values, torch.zeros(rows, dtype=torch.int64))
+
+    @property
+    def rows(self) -> int:
+        """How many sequences it holds."""
+        return self.lengths.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved for keys and values."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def row(self, index: int) -> KVCache:
+        """A cache of one row that shares memory with this one, length included."""
+        if not 0 <= index < self.rows:
+            raise ValueError(f"row: {index}, expected 0 to {self.rows - 1}")
+        one = slice(index, index + 1)
+        return KVCache([k[one] for k in self.keys], [v[one] for v in self.values], self.lengths[one])
+
+    def reset(self, rows: Rows = None) -> None:
+        """Forgets what the rows hold."""
+        self.lengths[slice(None) if rows is None else _row_list(rows, self.rows)] = 0
+
+    def step(self, batch: int, count: int, rows: Rows = None) -> KVStep:
+        """The places of the next `count` tokens of `batch` rows, worked out once for all layers.
+
+        Raises:
+            ValueError: `rows` does not name `batch` distinct rows, or one of them would outgrow `max_length`.
+        """
+        return KVStep(self, batch, count, rows)
+
+    def append(self, layer: int, key: Tensor, value: Tensor, rows: Rows = None) -> None:
+        """Writes key and value [batch, kv_heads, count, head_dim] behind the rows' tokens; lengths stay.
+
+        Raises as `step`.
+        """
+        self.step(key.shape[0], key.shape[2], rows).append(layer, key, value)
+
+    def advance(self, count: int, rows: Rows = None) -> None:
+        """Makes the `count` tokens last appended to each row part of it."""
+        if rows is None:
+            self.lengths += count
+        else:
+            self.lengths[_row_list(rows, self.rows)] += count
+
+
+class KVStep:
+    """One forward pass over a cache: where its new tokens go and what they see.
+
+    Attributes:
+        rows, starts: the row of each batch entry, and the length it had before.
+        count: new tokens per entry.
+        lengths: int64 [batch] on the cache's device, the lengths with the new tokens.
+    """
+
+    __slots__ = ("_all_rows", "_even", "_index", "_starts", "cache", "count", "lengths", "rows", "starts")
+
+    def __init__(self, cache: KVCache, batch: int, count: int, rows: Rows) -> None:
+        self.rows = _row_list(rows, cache.rows)
+        if len(self.rows) != batch:
+            raise ValueError(f"rows: {len(self.rows)} of the state's {cache.rows} rows for a batch of {batch}")
+        every: list[int] = cache.lengths.tolist()
+        self.starts = [every[row] for row in self.rows]
+        for row, start in zip(self.rows, self.starts, strict=True):
+            if start + count > cache.max_length:
+                raise ValueError(
+                    f"state: row {row} holds {start} tokens; {count} more exceed its max_length of {cache.max_length}"
+                )
+        self.cache = cache
+        self.count = count
+        self._all_rows = self.rows == list(range(cache.rows))
+        self._even = self._all_rows and len(set(self.starts)) == 1
+        device = cache.keys[0].device
+        self._index = torch.tensor(self.rows, device=device)
+        self._starts = torch.tensor(self.starts, device=device)
+        self.lengths = self._starts + count
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Writes key and value [batch, kv_heads, count, head_dim] into their places."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self._even:
+            start, end = self.starts[0], self.starts[0] + self.count
+            keys[:, :, start:end].copy_(key)
+            values[:, :, start:end].copy_(value)
+        elif self.count == 1:
+            keys[self._index, :, self._starts] = key[:, :, 0]
+            values[self._index, :, self._starts] = value[:, :, 0]
+        else:
+            for entry, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
+                keys[row, :, start : start + self.count].copy_(key[entry])
+                values[row, :, start : start + self.count].copy_(value[entry])
+
+    def attend(self, layer: int, query: Tensor, window: int | None = None) -> Tensor:
+        """Causal attention of query [batch, heads, count, head_dim] over the layer's keys, new ones included."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self.count > 1 and (self._even or len(self.rows) == 1):
+            rows = slice(None) if self._even else slice(self.rows[0], self.rows[0] + 1)
+            end = self.starts[0] + self.count
+            return ops.attention(query, keys[rows, :, :end], values[rows, :, :end], causal=True, window=window)
+        index = None if self._all_rows else self._index
+        return ops.attention_decode(query, keys, values, self.lengths, rows=index, window=window)
+
+
+class RecurrentState:
+    """Hidden states (and the LSTM's cell states) after the tokens read so far; grows with nothing.
+
+    Attributes:
+        h: per layer [rows, size].
+        c: per layer [rows, size], or None for cells without one.
+        lengths: int64 [rows] on the CPU, tokens read by each row.
+    """
+
+    max_length: int | None = None
+
+    def __init__(self, h: list[Tensor], c: list[Tensor] | None, lengths: Tensor) -> None:
+        self.h = h
+        self.c = c
+        self.lengths = lengths
+
+    @classmethod
+    def allocate(
+        cls,
+        rows: int,
+        sizes: Sequence[int],
+        *,
+        cells: bool,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> RecurrentState:
+        """The zero state for layers of these sizes, with cell states where `cells`. ValueError: `rows` < 1."""
+        if rows < 1:
+            raise ValueError(f"RecurrentState: rows={rows}, expected a positive number")
+
+        def zeros() -> list[Tensor]:
+            return [torch.zeros(rows, size, dtype=dtype, device=device) for size in sizes]
+
+        return cls(zeros(), zeros() if cells else None, torch.zeros(rows, dtype=torch.int64))
+
+    @property
+    def rows(self) -> int:
+        """How many sequences it holds."""
+        return self.lengths.shape[0]
+
+    def row(self, index: int) -> RecurrentState:
+        """A state of one row that shares memory with this one, length included."""
+        if not 0 <= index < self.rows:
+            raise ValueError(f"row: {index}, expected 0 to {self.rows - 1}")
+        one = slice(index, index + 1)
+        c = None if self.c is None else [t[one] for t in self.c]
+        return RecurrentState([t[one] for t in self.h], c, self.lengths[one])
+
+    def reset(self, rows: Rows = None) -> None:
+        """Sets the rows to the zero state."""
+        index = slice(None) if rows is None else _row_list(rows, self.rows)
+        for tensor in (*self.h, *(self.c or ()), self.lengths):
+            tensor[index] = 0
+
+    def read(self, layer: int, rows: Rows = None) -> tuple[Tensor, Tensor | None]:
+        """The layer's h and c [batch, size]: copies where autograd records, since `write` changes them in place."""
+        if rows is not None:
+            index = _row_list(rows, self.rows)
+            return self.h[layer][index], None if self.c is None else self.c[layer][index]
+        h, c = self.h[layer], None if self.c is None else self.c[layer]
+        if torch.is_grad_enabled():
+            return h.clone(), None if c is None else c.clone()
+        return h, c
+
+    @torch.no_grad()
+    def write(self, layer: int, h: Tensor, c: Tensor | None, rows: Rows = None) -> None:
+        """Replaces the layer's h and c; no gradient flows through the state (truncated backpropagation)."""
+        index = slice(None) if rows is None else _row_list(rows, self.rows)
+        self.h[layer][index] = h
+        if self.c is not None and c is not None:
+            self.c[layer][index] = c
+
+    def advance(self, count: int, rows: Rows = None) -> None:
+        """Counts `count` more tokens as read by each row."""
+        if rows is None:
+            self.lengths += count
+        else:
+            self.lengths[_row_list(rows, self.rows)] += count
