@@ -222,7 +222,9 @@ def layer_backward(
         None if previous is None else grad_gates.t() @ previous,
         grad_bias if needs[3] else None,
         grad_bias.clone() if needs[4] and grad_bias is not None else None,
-        grad_projected.t() @ unprojected if needs[5] and grad_projected is not None else None,
+        grad_projected.t() @ unprojected
+        if needs[5] and grad_projected is not None and unprojected is not None
+        else None,
         grad_h0 if needs[6] else None,
         grad_c0 if needs[7] else None,
     )

@@ -1,0 +1,275 @@
+// The LSTM against a double-precision one written for reading; its gradients against central differences of that one.
+// Every buffer has exactly the size the header promises, so that the sanitizer sees a step beyond it.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "check.h"
+#include "fastlm/isa.h"
+#include "fastlm/lstm.h"
+
+namespace {
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+
+struct Random {
+  uint64_t state = 88172645463325252u;
+  float operator()() {  // in (-1, 1)
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return static_cast<float>(static_cast<double>(state >> 11) / 4503599627370496.0 - 1.0);
+  }
+};
+
+Floats random(Random& next, int64_t n, float scale = 1) {
+  Floats values(n);
+  for (float& v : values) v = scale * next();
+  return values;
+}
+
+Floats unwritten(int64_t n) { return Floats(n, NAN); }
+
+// Of a layer: sizes, weights and inputs.
+struct Layer {
+  int64_t inputs, hidden, projected;  // projected 0: none
+  std::vector<int64_t> batch_sizes;
+  bool reverse;
+  Floats input, w_ih, w_hh, w_hr, bias, h0, c0;
+
+  int64_t outputs() const { return projected != 0 ? projected : hidden; }
+  int64_t batch() const { return batch_sizes[0]; }
+  int64_t steps() const { return static_cast<int64_t>(batch_sizes.size()); }
+  int64_t rows() const {
+    int64_t n = 0;
+    for (int64_t size : batch_sizes) n += size;
+    return n;
+  }
+};
+
+Layer make_layer(int64_t inputs, int64_t hidden, int64_t projected, std::vector<int64_t> sizes, bool reverse) {
+  Random next;
+  Layer layer{inputs, hidden, projected, std::move(sizes), reverse, {}, {}, {}, {}, {}, {}, {}};
+  const int64_t outputs = layer.outputs();
+  const auto scale = [](int64_t n) { return 1.5f / std::sqrt(static_cast<float>(n)); };
+  layer.input = random(next, layer.rows() * inputs);
+  layer.w_ih = random(next, 4 * hidden * inputs, scale(inputs));
+  layer.w_hh = random(next, 4 * hidden * outputs, scale(outputs));
+  layer.w_hr = random(next, projected * hidden, scale(hidden));
+  layer.bias = random(next, 4 * hidden);
+  layer.h0 = random(next, layer.batch() * outputs);
+  layer.c0 = random(next, layer.batch() * hidden);
+  return layer;
+}
+
+// What the gradients are taken of: terms added to each row's gates before activation, to its h, and the first states.
+struct Terms {
+  Doubles gates, h, h0, c0;
+};
+
+struct Results {
+  Doubles output, h_n, c_n;
+};
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+Results exact(const Layer& l, const Terms& terms) {
+  const int64_t H = l.hidden, P = l.outputs(), T = l.steps();
+  Results r{Doubles(l.rows() * P), terms.h0, terms.c0};
+  for (int64_t walked = 0; walked < T; ++walked) {
+    const int64_t t = l.reverse ? T - 1 - walked : walked;
+    int64_t begin = 0;
+    for (int64_t s = 0; s < t; ++s) begin += l.batch_sizes[s];
+    for (int64_t b = 0; b < l.batch_sizes[t]; ++b) {
+      const int64_t row = begin + b;
+      Doubles gates(4 * H), full(H);
+      for (int64_t j = 0; j < 4 * H; ++j) {
+        gates[j] = terms.gates[row * 4 * H + j] + l.bias[j];
+        for (int64_t k = 0; k < l.inputs; ++k)
+          gates[j] += double(l.input[row * l.inputs + k]) * l.w_ih[j * l.inputs + k];
+        for (int64_t k = 0; k < P; ++k) gates[j] += r.h_n[b * P + k] * l.w_hh[j * P + k];
+      }
+      for (int64_t j = 0; j < H; ++j) {
+        double& c = r.c_n[b * H + j];
+        c = sigmoid(gates[H + j]) * c + sigmoid(gates[j]) * std::tanh(gates[2 * H + j]);
+        full[j] = sigmoid(gates[3 * H + j]) * std::tanh(c);
+      }
+      for (int64_t j = 0; j < P; ++j) {
+        double h = l.projected != 0 ? 0 : full[j];
+        for (int64_t k = 0; l.projected != 0 && k < H; ++k) h += full[k] * l.w_hr[j * H + k];
+        r.output[row * P + j] = r.h_n[b * P + j] = h + terms.h[row * P + j];
+      }
+    }
+  }
+  return r;
+}
+
+Floats packed(const Floats& source, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n, bool gates) {
+  Floats out = unwritten(fastlm::packed_size(k, n, gates));
+  if (!source.empty()) fastlm::pack_panels({source.data(), k, n, stride_k, stride_n, gates, out.data(), 2});
+  return out;
+}
+
+struct Native {
+  Floats output, h_n, c_n, gates, cells, unprojected;
+};
+
+Native forward(const Layer& l, bool save, int threads) {
+  const int64_t H = l.hidden, P = l.outputs(), N = l.rows(), lanes = fastlm::simd_lanes();
+  const bool project = l.projected != 0;
+  Native n{unwritten(N * P), unwritten(l.batch() * P), unwritten(l.batch() * H), {}, {}, {}};
+  if (save) {
+    n.gates = unwritten((H + lanes - 1) / lanes * N * 4 * lanes);
+    n.cells = unwritten(N * H);
+    n.unprojected = unwritten(project ? N * H : 0);
+  }
+  const Floats w_ih = packed(l.w_ih, l.inputs, 4 * H, 1, l.inputs, true), w_hh = packed(l.w_hh, P, 4 * H, 1, P, true),
+               bias = packed(l.bias, 1, 4 * H, 0, 1, true);
+  const Floats w_hr = project ? packed(l.w_hr, H, P, 1, H, false) : Floats();
+  Floats scratch = unwritten(fastlm::lstm_forward_scratch(l.batch(), H, P, project, save));
+  fastlm::lstm_forward({l.steps(), l.batch_sizes.data(), l.inputs, H, P, l.input.data(), w_ih.data(), w_hh.data(),
+                        bias.data(), project ? w_hr.data() : nullptr, l.h0.data(), l.c0.data(), l.reverse,
+                        n.output.data(), n.h_n.data(), n.c_n.data(), save ? n.gates.data() : nullptr,
+                        save ? n.cells.data() : nullptr, save && project ? n.unprojected.data() : nullptr,
+                        scratch.data(), threads});
+  return n;
+}
+
+Terms no_terms(const Layer& l) {
+  return {Doubles(l.rows() * 4 * l.hidden), Doubles(l.rows() * l.outputs()), Doubles(l.h0.begin(), l.h0.end()),
+          Doubles(l.c0.begin(), l.c0.end())};
+}
+
+double distance(const Floats& a, const Doubles& b) {
+  double largest = a.size() == b.size() ? 0 : INFINITY;
+  for (size_t i = 0; i < a.size() && i < b.size(); ++i)
+    largest = std::isnan(a[i]) ? INFINITY : std::max(largest, std::abs(a[i] - b[i]));
+  return largest;
+}
+
+bool same(const Floats& a, const Floats& b) { return a == b; }
+
+void forward_is_right(const Layer& l) {
+  const Results want = exact(l, no_terms(l));
+  const Native one = forward(l, true, 1);
+  CHECK(distance(one.output, want.output) < 2e-6);
+  CHECK(distance(one.h_n, want.h_n) < 2e-6);
+  CHECK(distance(one.c_n, want.c_n) < 4e-6);
+  for (int threads : {1, 2, 5}) {
+    const Native other = forward(l, false, threads);
+    CHECK(same(one.output, other.output) && same(one.h_n, other.h_n) && same(one.c_n, other.c_n));
+  }
+}
+
+double dot(const Floats& a, const Doubles& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+void backward_is_right(const Layer& l) {
+  const int64_t H = l.hidden, P = l.outputs(), N = l.rows(), B = l.batch();
+  const bool project = l.projected != 0;
+  Random next;
+  const Floats g_output = random(next, N * P), g_h = random(next, B * P), g_c = random(next, B * H);
+  const Native saved = forward(l, true, 2);
+  const Floats w_hh = packed(l.w_hh, 4 * H, P, P, 1, false);
+  const Floats w_hr = project ? packed(l.w_hr, P, H, H, 1, false) : Floats();
+  Floats grad_gates = unwritten(N * 4 * H), grad_h = unwritten(project ? N * P : 0), previous = unwritten(N * P),
+         grad_h0 = unwritten(B * P), grad_c0 = unwritten(B * H),
+         scratch = unwritten(fastlm::lstm_backward_scratch(B, H, P, project));
+  fastlm::lstm_backward({l.steps(), l.batch_sizes.data(), H, P, w_hh.data(), project ? w_hr.data() : nullptr,
+                         l.h0.data(), l.c0.data(), l.reverse, saved.output.data(), saved.gates.data(),
+                         saved.cells.data(), g_output.data(), g_h.data(), g_c.data(), grad_gates.data(),
+                         project ? grad_h.data() : nullptr, previous.data(), grad_h0.data(), grad_c0.data(),
+                         scratch.data(), 2});
+
+  Terms terms = no_terms(l);
+  const auto differences = [&](Doubles& variable) {
+    Doubles grads;
+    for (double& x : variable) {
+      const double kept = x, step = 1e-5;
+      double loss[2];
+      for (int side = 0; side < 2; ++side) {
+        x = kept + (side == 0 ? step : -step);
+        const Results r = exact(l, terms);
+        loss[side] = dot(g_output, r.output) + dot(g_h, r.h_n) + dot(g_c, r.c_n);
+      }
+      x = kept;
+      grads.push_back((loss[0] - loss[1]) / (2 * step));
+    }
+    return grads;
+  };
+  CHECK(distance(grad_gates, differences(terms.gates)) < 1e-5);
+  CHECK(distance(grad_h0, differences(terms.h0)) < 1e-5);
+  CHECK(distance(grad_c0, differences(terms.c0)) < 1e-5);
+  if (project) CHECK(distance(grad_h, differences(terms.h)) < 1e-5);
+  for (float value : previous) CHECK(!std::isnan(value));
+}
+
+const std::vector<int64_t> kRagged = {5, 5, 3, 1};
+
+}  // namespace
+
+FASTLM_TEST(lstm_forward_agrees_with_double) {
+  for (bool reverse : {false, true}) {
+    forward_is_right(make_layer(3, 1, 0, {1}, reverse));
+    forward_is_right(make_layer(7, 17, 0, kRagged, reverse));
+    forward_is_right(make_layer(20, 33, 9, kRagged, reverse));
+    forward_is_right(make_layer(5, 64, 0, std::vector<int64_t>(90, 2), reverse));       // more than a chunk of steps
+    forward_is_right(make_layer(140, 48, 0, std::vector<int64_t>(2, 135), reverse));    // of rows
+    forward_is_right(make_layer(5, 150, 130, std::vector<int64_t>(3, 13), reverse));
+  }
+}
+
+FASTLM_TEST(lstm_backward_agrees_with_differences) {
+  for (bool reverse : {false, true}) {
+    backward_is_right(make_layer(2, 1, 0, {1}, reverse));
+    backward_is_right(make_layer(3, 18, 0, kRagged, reverse));
+    backward_is_right(make_layer(3, 19, 6, kRagged, reverse));
+  }
+}
+
+FASTLM_TEST(lstm_cell_gives_the_bits_of_the_layer) {
+  for (int64_t hidden : {1, 16, 45, 160})
+    for (int64_t batch : {1, 3, 100}) {
+      const Layer l = make_layer(33, hidden, 0, {batch}, false);
+      const Native layer = forward(l, false, 2);
+      const Floats w_ih = packed(l.w_ih, 33, 4 * hidden, 1, 33, true),
+                   w_hh = packed(l.w_hh, hidden, 4 * hidden, 1, hidden, true),
+                   bias = packed(l.bias, 1, 4 * hidden, 0, 1, true);
+      Floats h = unwritten(batch * hidden), c = l.c0;
+      fastlm::lstm_cell({batch, 33, hidden, l.input.data(), l.h0.data(), c.data(), w_ih.data(), w_hh.data(),
+                         bias.data(), h.data(), c.data(), 2});
+      CHECK(same(h, layer.h_n) && same(c, layer.c_n));
+    }
+}
+
+FASTLM_TEST(lstm_packing_is_a_permutation_with_zeros) {
+  const int64_t lanes = fastlm::simd_lanes();
+  for (int64_t k : {1, 5, 40})
+    for (int64_t n : {1, 3, 17, 64, 70})
+      for (bool gates : {false, true}) {
+        const int64_t columns = gates ? 4 * n : n;
+        Floats source(k * columns);
+        for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<float>(i + 1);
+        const Floats rows_first = packed(source, k, columns, columns, 1, gates);
+        Floats turned(source.size());
+        for (int64_t i = 0; i < k; ++i)
+          for (int64_t j = 0; j < columns; ++j) turned[j * k + i] = source[i * columns + j];
+        CHECK(same(rows_first, packed(turned, k, columns, 1, k, gates)));
+        size_t zeros = 0;
+        for (size_t at = 0; at < rows_first.size(); ++at) {
+          const int64_t lane = at % lanes, v = at / lanes % 4, row = at / (4 * lanes) % k, p = at / (4 * lanes) / k;
+          const int64_t unit = gates ? p * lanes + lane : (p * 4 + v) * lanes + lane;
+          const int64_t column = gates ? v * n + unit : unit;
+          if (unit >= n)
+            zeros += rows_first[at] == 0;
+          else
+            CHECK(rows_first[at] == source[row * columns + column]);
+        }
+        CHECK(rows_first.size() - zeros == source.size());
+      }
+}
