@@ -5,12 +5,16 @@
 // fastlm::<name>(args) then calls the active level's version.
 #pragma once
 
+#include "fastlm/attention_decode.h"
 #include "fastlm/lstm.h"
 #include "fastlm/math.h"
 
 // X(return type, name, parameter list, argument list)
 #define FASTLM_KERNEL_LIST(X)                                                       \
   X(int, simd_lanes, (), ())                                                        \
+  X(void, attention_decode, (const AttentionDecode& a), (a))                        \
+  X(int64_t, attention_decode_check, (const AttentionDecode& a), (a))               \
+  X(int64_t, attention_decode_scratch, (const AttentionDecode& a), (a))             \
   X(void, math_apply, (MathFunction f, const float* x, float* y, int64_t n), (f, x, y, n)) \
   X(void, pack_panels, (const PackPanels& a), (a))                                  \
   X(int64_t, packed_size, (int64_t k, int64_t n, bool gates), (k, n, gates))        \

@@ -145,11 +145,12 @@ def check_options(
         raise ValueError(f"{op}: window is {window}, expected at least 1")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap is {softcap}, expected a number above 0, or None")
-    batch, heads = query.shape[:2]
-    if alibi_slopes is not None and alibi_slopes.shape not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"{op}: alibi_slopes is {describe(alibi_slopes)}, expected shape [{heads}] or [{batch}, {heads}]"
-        )
+    if alibi_slopes is not None:
+        batch, heads = query.shape[:2]
+        if alibi_slopes.shape not in ((heads,), (batch, heads)):
+            raise ValueError(
+                f"{op}: alibi_slopes is {describe(alibi_slopes)}, expected shape [{heads}] or [{batch}, {heads}]"
+            )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> None:

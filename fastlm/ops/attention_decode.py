@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.kernels.cpu import attention_decode as cpu
 from fastlm.ops.attention import ATTENTION, check_options
 from fastlm.ops.checks import describe
 from fastlm.ops.library import autograd_by_reference, tracing
@@ -58,6 +59,7 @@ def _torch_why_not(query: Tensor, *_: Any) -> str | None:
 ATTENTION_DECODE = Op(
     "attention_decode",
     [
+        Implementation("cpu", cpu.attention_decode, cpu.why_not),
         Implementation("torch", _torch_run, _torch_why_not),
         Implementation("reference", reference.attention_decode, always),
     ],
@@ -101,24 +103,26 @@ autograd_by_reference(_attention_decode, _torch_run, differentiable=(0, 1, 2, 8)
 
 
 def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, rows: Tensor | None) -> None:
-    if query.dim() != 4:
+    # Once per layer and token: each shape is fetched once.
+    shape, cache_shape, dtype = query.shape, key_cache.shape, query.dtype
+    if len(shape) != 4:
         raise ValueError(f"attention_decode: query is {describe(query)}, expected shape [B, H, T, D]")
-    batch, heads, _, dim = query.shape
+    batch, heads, _, dim = shape
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if cache.dim() != 4 or cache.shape[3] != dim or cache.shape != key_cache.shape or cache.dtype != query.dtype:
+        if cache.shape != cache_shape or len(cache_shape) != 4 or cache_shape[3] != dim or cache.dtype != dtype:
             raise ValueError(
-                f"attention_decode: {name} is {describe(cache)}, expected {query.dtype} of shape [R, KVH, S, {dim}], "
+                f"attention_decode: {name} is {describe(cache)}, expected {dtype} of shape [R, KVH, S, {dim}], "
                 "the same for keys and values"
             )
-    kv_heads = key_cache.shape[1]
+    cache_rows, kv_heads = cache_shape[:2]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"attention_decode: key_cache has {kv_heads} heads, expected a divisor of the query's {heads}")
     for name, index in (("lengths", lengths), ("rows", rows)):
         if index is not None and (index.shape != (batch,) or index.dtype != torch.int64):
             raise ValueError(f"attention_decode: {name} is {describe(index)}, expected int64 of shape [{batch}]")
-    if rows is None and batch > key_cache.shape[0]:
+    if rows is None and batch > cache_rows:
         raise ValueError(
-            f"attention_decode: key_cache has {key_cache.shape[0]} rows, expected {batch}, one per batch entry, "
+            f"attention_decode: key_cache has {cache_rows} rows, expected {batch}, one per batch entry, "
             "or `rows` to choose them"
         )
 

@@ -1,0 +1,86 @@
+"""Native attention to a key-value cache: csrc/cpu/attention_decode.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.kernels import native
+
+__all__ = ["attention_decode", "why_not"]
+
+_MAX_DIM = 256
+
+
+def why_not(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> str | None:
+    """What the kernel can't do. Shapes and dtypes agree among each other already."""
+    if native.CPU.module is None:
+        return native.CPU.error
+    if query.dtype != torch.float32:
+        return f"the query is {query.dtype}, the kernel float32"
+    for tensor in (query, key_cache, value_cache, lengths, rows, alibi_slopes):
+        if tensor is not None and not tensor.is_cpu:
+            return f"a tensor is on {tensor.device}"
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (query, key_cache, value_cache, alibi_slopes)
+    ):
+        return "a gradient is needed"
+    if not 1 <= query.shape[3] <= _MAX_DIM:
+        return f"heads of {query.shape[3]} features, the kernel takes 1 to {_MAX_DIM}"
+    if key_cache.stride(3) != 1 or value_cache.stride(3) != 1:
+        return "the last dimension of a cache is not contiguous"
+    return None
+
+
+def attention_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """Attention of query [B, H, T, D] to caches [R, KVH, S, D]; see `fastlm.ops.attention_decode`."""
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    lengths = lengths.contiguous()
+    if rows is not None:
+        rows = rows.contiguous()
+    slopes_stride = 0
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to(torch.float32).contiguous()
+        slopes_stride = query.shape[1] if alibi_slopes.dim() == 2 else 0
+    output = torch.empty(query.shape)
+    native.CPU.require().attention_decode(
+        query.data_ptr(),
+        query.shape,
+        query.stride(),
+        key_cache.data_ptr(),
+        key_cache.shape,
+        key_cache.stride(),
+        value_cache.data_ptr(),
+        value_cache.stride(),
+        lengths.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
+        slopes_stride,
+        scale,
+        softcap or 0.0,
+        window or 0,
+        output.data_ptr(),
+        native.num_threads(),
+    )
+    return output
