@@ -3,11 +3,14 @@
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_decode import attention_decode
 from fastlm.ops.cross_entropy import cross_entropy
+from fastlm.ops.gru import gru, gru_cell
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear import linear
+from fastlm.ops.lstm import lstm, lstm_cell
 from fastlm.ops.quantized import QuantizedTensor
 from fastlm.ops.registry import Explanation, backend, explain
 from fastlm.ops.rms_norm import rms_norm
+from fastlm.ops.rnn import rnn, rnn_cell
 from fastlm.ops.rotary import rotary
 
 __all__ = [
@@ -18,8 +21,14 @@ __all__ = [
     "backend",
     "cross_entropy",
     "explain",
+    "gru",
+    "gru_cell",
     "layer_norm",
     "linear",
+    "lstm",
+    "lstm_cell",
     "rms_norm",
+    "rnn",
+    "rnn_cell",
     "rotary",
 ]
