@@ -131,6 +131,7 @@ class RNNLM(CausalLM):
             weights[1] = functional.dropout(weights[1], self.config.weight_dropout)
         if x.shape[0] == 1:
             if cell == "lstm":
+                assert c is not None
                 h, c = ops.lstm_cell(x[0], (h, c), *weights)
             elif cell == "gru":
                 h = ops.gru_cell(x[0], h, *weights)

@@ -1,0 +1,288 @@
+"""LSTM, GRU, RNN and their cells: torch's modules with fastlm's ops inside.
+
+Constructors, parameter names, initialisation, state_dicts, inputs and outputs are those of the class of the same name
+in `torch.nn`. What torch refuses is refused with torch's own error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastlm import ops
+
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"]
+
+
+class _Sequence(torch.nn.RNNBase):
+    """A module over sequences.
+
+    Derived from RNNBase rather than from `torch.nn.LSTM` and the like, since torch.compile refuses instances of those.
+    """
+
+    _torch: ClassVar[type[torch.nn.RNNBase]]
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As `torch.nn`'s: (input, hx=None) -> (output, state); a PackedSequence for input gives one for output."""
+        try:
+            if isinstance(input, PackedSequence):
+                return self._packed(input, hx)
+            return self._padded(input, hx)
+        except ValueError:
+            self._torch.forward(self, input, hx)  # raises torch's error, where torch refuses too
+            raise
+
+    def _padded(self, input: Tensor, hx: Any) -> Any:
+        batch_dim = 0 if self.batch_first else 1
+        batched = input.dim() == 3
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+        if hx is None:
+            states = self._zeros(input, input.shape[batch_dim])
+        else:
+            states = self._states(hx)
+            if not batched:
+                states = tuple(s.unsqueeze(1) for s in states)
+        output, states = self._run(input, states, None)
+        if not batched:
+            return output.squeeze(batch_dim), self._hx(tuple(s.squeeze(1) for s in states))
+        return output, self._hx(states)
+
+    def _packed(self, input: PackedSequence, hx: Any) -> Any:
+        data, batch_sizes, order, restore = input
+        if hx is None:
+            # The first of the batch sizes too, but a traced graph can't look into a tensor.
+            states = self._zeros(data, int(batch_sizes[0]) if order is None else order.shape[0])
+        else:
+            states = self._states(hx)
+            if order is not None:
+                states = tuple(s.index_select(1, order) for s in states)
+        output, states = self._run(data, states, batch_sizes)
+        if restore is not None:
+            states = tuple(s.index_select(1, restore) for s in states)
+        return PackedSequence(output, batch_sizes, order, restore), self._hx(states)
+
+    def _weights(self) -> list[Tensor]:
+        names = self._flat_weights_names
+        try:
+            parameters = self._parameters
+            return [parameters[name] for name in names]  # type: ignore[misc]
+        except KeyError:  # a parametrization, or a plain tensor in a parameter's place
+            return [getattr(self, name) for name in names]
+
+    def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, ...]:
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        return (input.new_zeros(layers, batch, self.hidden_size),)
+
+    def _states(self, hx: Any) -> tuple[Tensor, ...]:
+        return (hx,)
+
+    def _hx(self, states: tuple[Tensor, ...]) -> Any:
+        return states[0]
+
+    def _run(
+        self, input: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        raise NotImplementedError
+
+
+class LSTM(_Sequence):
+    """`torch.nn.LSTM` over `fastlm.ops.lstm`: the same constructor, parameters, inputs, outputs and errors."""
+
+    _torch = torch.nn.LSTM
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device, dtype,
+        )  # fmt: skip
+
+    def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, ...]:
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        c = input.new_zeros(layers, batch, self.hidden_size)
+        return (input.new_zeros(layers, batch, self.proj_size) if self.proj_size else c), c
+
+    def _states(self, hx: Any) -> tuple[Tensor, ...]:
+        return hx[0], hx[1]
+
+    def _hx(self, states: tuple[Tensor, ...]) -> Any:
+        return states
+
+    def _run(
+        self, input: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return ops.lstm(
+            input,
+            states,  # type: ignore[arg-type]
+            self._weights(),
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            proj_size=self.proj_size,
+            bias=self.bias,
+            batch_sizes=batch_sizes,
+        )
+
+
+class GRU(_Sequence):
+    """`torch.nn.GRU` over `fastlm.ops.gru`: the same constructor, parameters, inputs, outputs and errors."""
+
+    _torch = torch.nn.GRU
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype
+        )
+
+    def _run(
+        self, input: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output, h_n = ops.gru(
+            input,
+            states[0],
+            self._weights(),
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            bias=self.bias,
+            batch_sizes=batch_sizes,
+        )
+        return output, (h_n,)
+
+
+class RNN(_Sequence):
+    """`torch.nn.RNN` over `fastlm.ops.rnn`: the same constructor, parameters, inputs, outputs and errors."""
+
+    _torch = torch.nn.RNN
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, 0, device, dtype,
+        )  # fmt: skip
+
+    def _run(
+        self, input: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output, h_n = ops.rnn(
+            input,
+            states[0],
+            self._weights(),
+            num_layers=self.num_layers,
+            nonlinearity=self.nonlinearity,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            bias=self.bias,
+            batch_sizes=batch_sizes,
+        )
+        return output, (h_n,)
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """`torch.nn.LSTMCell` over `fastlm.ops.lstm_cell`."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """As `torch.nn.LSTMCell`'s: input [B, I] or [I], hx of two [B, H] or [H] -> the next (h, c)."""
+        try:
+            if input.dim() == 1:
+                batched = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+                h, c = self._step(input.unsqueeze(0), batched)
+                return h.squeeze(0), c.squeeze(0)
+            return self._step(input, hx)
+        except ValueError:
+            super().forward(input, hx)  # raises torch's error, where torch refuses too
+            raise
+
+    def _step(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        if hx is None:
+            zeros = input.new_zeros(input.shape[0], self.hidden_size)
+            hx = (zeros, zeros)
+        return ops.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+
+class _HiddenCell:
+    """The forward that the cells with one state share; beside a cell class of torch."""
+
+    hidden_size: int
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """As `torch.nn`'s: input [B, I] or [I], hx [B, H] or [H] -> the next hx."""
+        try:
+            if input.dim() == 1:
+                h = None if hx is None else hx.unsqueeze(0)
+                return self._step(input.unsqueeze(0), h).squeeze(0)
+            return self._step(input, hx)
+        except ValueError:
+            super().forward(input, hx)  # type: ignore[misc]  # raises torch's error, where torch refuses too
+            raise
+
+    def _step(self, input: Tensor, hx: Tensor | None) -> Tensor:
+        return self._cell(input, input.new_zeros(input.shape[0], self.hidden_size) if hx is None else hx)
+
+    def _cell(self, input: Tensor, hx: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class GRUCell(_HiddenCell, torch.nn.GRUCell):
+    """`torch.nn.GRUCell` over `fastlm.ops.gru_cell`."""
+
+    def _cell(self, input: Tensor, hx: Tensor) -> Tensor:
+        return ops.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+
+class RNNCell(_HiddenCell, torch.nn.RNNCell):
+    """`torch.nn.RNNCell` over `fastlm.ops.rnn_cell`."""
+
+    def _cell(self, input: Tensor, hx: Tensor) -> Tensor:
+        biases = (self.bias_ih, self.bias_hh)
+        return ops.rnn_cell(input, hx, self.weight_ih, self.weight_hh, *biases, nonlinearity=self.nonlinearity)
