@@ -8,9 +8,11 @@
 #include "fastlm/attention_decode.h"
 #include "fastlm/lstm.h"
 #include "fastlm/math.h"
+#include "fastlm/sample.h"
 
 // X(return type, name, parameter list, argument list)
 #define FASTLM_KERNEL_LIST(X)                                                       \
+  X(int64_t, sample, (const SampleArgs& args), (args))                              \
   X(int, simd_lanes, (), ())                                                        \
   X(void, attention_decode, (const AttentionDecode& a), (a))                        \
   X(int64_t, attention_decode_check, (const AttentionDecode& a), (a))               \

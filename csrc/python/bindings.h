@@ -19,5 +19,6 @@ inline T* pointer(address a) {
 
 void bind_attention_decode(py::module_& m);
 void bind_lstm(py::module_& m);
+void bind_sample(py::module_& m);
 
 }  // namespace fastlm

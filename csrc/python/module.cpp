@@ -13,4 +13,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("simd_lanes", &fastlm::simd_lanes);
   fastlm::bind_attention_decode(m);
   fastlm::bind_lstm(m);
+  fastlm::bind_sample(m);
 }

@@ -12,6 +12,7 @@ from fastlm.ops.registry import Explanation, backend, explain
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rnn import rnn, rnn_cell
 from fastlm.ops.rotary import rotary
+from fastlm.ops.sample import sample
 
 __all__ = [
     "Explanation",
@@ -31,4 +32,5 @@ __all__ = [
     "rnn",
     "rnn_cell",
     "rotary",
+    "sample",
 ]

@@ -1,0 +1,92 @@
+"""`sample` by the native kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlm.kernels import native
+from fastlm.reference import sample as reference
+from fastlm.reference.sample import Option
+
+__all__ = ["run", "why_not"]
+
+MOST_TOKENS = 1 << 24
+
+
+def why_not(logits: Tensor, *_: object) -> str | None:
+    if native.CPU.module is None:
+        return native.CPU.error
+    if logits.device.type != "cpu":
+        return f"logits are on {logits.device}"
+    if logits.shape[1] > MOST_TOKENS:
+        return f"the vocabulary has {logits.shape[1]} tokens, more than {MOST_TOKENS}"
+    return None
+
+
+def _split(options: Sequence[Option], dtype: torch.dtype, keep_alive: list[Tensor]) -> tuple[list[float], list[int]]:
+    """Options as numbers, and as addresses of [B] tensors (0: it is a number), which `keep_alive` holds."""
+    values: list[float] = []
+    addresses = [0] * len(options)
+    for index, option in enumerate(options):
+        if isinstance(option, Tensor):
+            rows = option.to("cpu", dtype).contiguous()
+            keep_alive.append(rows)
+            addresses[index] = rows.data_ptr()
+            option = 0
+        values.append(option)
+    return values, addresses
+
+
+def run(
+    logits: Tensor,
+    options: Sequence[Option],
+    logit_bias: Tensor | None,
+    history: Tensor | None,
+    history_lengths: Option | None,
+    prompt_lengths: Option | None,
+) -> Tensor:
+    """See `fastlm.reference.sample.sample`."""
+    batch, vocab = logits.shape
+    x = logits if logits.dtype == torch.float32 else logits.float()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    bias_address = bias_stride = history_address = length = 0
+    if logit_bias is not None:
+        bias = logit_bias.to("cpu", torch.float32)
+        bias = bias if bias.stride(1) == 1 else bias.contiguous()
+        bias_address, bias_stride = bias.data_ptr(), bias.stride(0)
+    if history is not None and history.shape[1] > 0:
+        ids = history.to("cpu").contiguous()
+        history_address, length = ids.data_ptr(), ids.shape[1]
+    lengths = (
+        length if history_lengths is None else history_lengths,
+        0 if prompt_lengths is None else prompt_lengths,
+    )
+    alive: list[Tensor] = []
+    reals, real_rows = _split(options[:6], torch.float64, alive)
+    integers, integer_rows = _split((*options[6:], *lengths), torch.int64, alive)
+    tokens = torch.empty(batch, dtype=torch.int64)
+    refused = native.CPU.require().sample(
+        x.data_ptr(),
+        x.stride(0),
+        batch,
+        vocab,
+        reals,
+        real_rows,
+        integers,
+        integer_rows,
+        bias_address,
+        bias_stride,
+        history_address,
+        length,
+        tokens.data_ptr(),
+        native.num_threads(),
+    )
+    if refused >= 0:
+        # The reference says what is wrong with the row.
+        reference.sample(logits, options, logit_bias, history, history_lengths, prompt_lengths)
+        raise AssertionError(f"sample: the kernel refused row {refused}, the reference did not")
+    return tokens
