@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import GRU, LSTM, RNN, functional
+from torch.nn import functional
 
 from fastlm import ops
 from fastlm.models.base import CausalLM, ModelConfig, State
 from fastlm.nn.linear import Linear
+from fastlm.nn.recurrent import GRU, LSTM, RNN
 from fastlm.nn.state import RecurrentState, Rows
 
 __all__ = ["CELLS", "LSTMLM", "RNNLM", "RecurrentConfig"]
