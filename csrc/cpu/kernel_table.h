@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fastlm/attention_decode.h"
+#include "fastlm/linear.h"
 #include "fastlm/lstm.h"
 #include "fastlm/math.h"
 #include "fastlm/sample.h"
@@ -14,6 +15,8 @@
 #define FASTLM_KERNEL_LIST(X)                                                       \
   X(int64_t, sample, (const SampleArgs& args), (args))                              \
   X(int, simd_lanes, (), ())                                                        \
+  X(void, linear, (const LinearArgs& a), (a))                                       \
+  X(int64_t, dequantize_rows, (const DequantizeArgs& a), (a))                       \
   X(void, attention_decode, (const AttentionDecode& a), (a))                        \
   X(int64_t, attention_decode_check, (const AttentionDecode& a), (a))               \
   X(int64_t, attention_decode_scratch, (const AttentionDecode& a), (a))             \

@@ -18,6 +18,7 @@ inline T* pointer(address a) {
 }
 
 void bind_attention_decode(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_lstm(py::module_& m);
 void bind_sample(py::module_& m);
 

@@ -6,27 +6,101 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastlm.kernels import native
+from fastlm.kernels.cpu import linear as kernel
 from fastlm.ops.checks import describe, expect_shape
-from fastlm.ops.library import autograd_by_reference, tracing
+from fastlm.ops.library import autograd_by_reference, needs_grad, tracing
 from fastlm.ops.quantized import QuantizedTensor
-from fastlm.ops.registry import Implementation, Op, always
+from fastlm.ops.registry import Implementation, Op, always, forced_backend
 from fastlm.reference import linear as reference
+from fastlm.reference.quantized import KINDS
 
 __all__ = ["linear"]
 
 COMPUTE = ("fast", "exact")
 
+FEW_ROWS = 16
+"""Up to so many rows of input the native kernel is used: each weight is read once and the bus is the limit. Beyond,
+a matrix product does more arithmetic per weight and wins, its expansion of the weight included."""
 
-def _torch_run(input: Tensor, weight: Tensor, bias: Tensor | None, compute: str) -> Tensor:
-    return functional.linear(input, weight, bias)
+EXPANDED = 1 << 20
+"""Weights expanded to float32 at a time for a matrix product: 4 MB, which stays in the cache."""
+
+_CODES = {kind.dtype: kind.code for kind in KINDS.values() if kind.dtype is not None}
+_INTEGER_KINDS = frozenset(kind.name for kind in KINDS.values() if kind.dtype is None)
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _cpu_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
+    if isinstance(weight, QuantizedTensor):
+        integer = compute == "fast" and weight.kind in _INTEGER_KINDS
+        return kernel.linear(input, weight.data, weight.code, weight.shape[0], bias, integer=integer)
+    return kernel.linear(input, weight, _CODES[weight.dtype], weight.shape[0], bias, integer=False)
+
+
+def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> str | None:
+    if native.CPU.module is None:
+        return native.CPU.error
+    dense = None if isinstance(weight, QuantizedTensor) else weight
+    if input.device.type != "cpu" or weight.device.type != "cpu":
+        return f"input is on {input.device}, weight on {weight.device}"
+    if input.dtype not in _NARROW:
+        return f"input is {input.dtype}"
+    if dense is not None and (dense.dtype not in _NARROW or not dense.is_contiguous()):
+        return f"weight is {dense.dtype}{'' if dense.is_contiguous() else ', not contiguous'}"
+    if needs_grad(input, bias, dense):
+        return "a gradient is wanted"
+    rows = input.numel() // max(input.shape[-1], 1)
+    if rows > FEW_ROWS and forced_backend() != "cpu":
+        return f"{rows} rows: a matrix product is quicker beyond {FEW_ROWS}"
+    return None
+
+
+def _torch_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
+    if isinstance(weight, QuantizedTensor):
+        if weight.kind != "F32":
+            return _by_blocks(input, weight, bias)
+        weight = weight.data.view(torch.float32)
+    if weight.dtype != input.dtype or (_emulated(weight) and not needs_grad(input, weight, bias)):
+        return _by_blocks(input, weight, bias)
+    return functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
 
 
 def _torch_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> str | None:
-    if isinstance(weight, QuantizedTensor):
-        return f"weight is {weight.kind}"
-    if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
-        return f"weight is {weight.dtype}, input {input.dtype}"
+    dense = None if isinstance(weight, QuantizedTensor) else weight
+    if input.device != weight.device:
+        return f"input is on {input.device}, weight on {weight.device}"
+    if dense is not None and dense.dtype == input.dtype and (bias is None or bias.dtype == input.dtype):
+        return None
+    if input.dtype not in _NARROW or (dense is not None and dense.dtype not in _NARROW):
+        return f"input is {input.dtype}, weight {'quantised' if dense is None else dense.dtype}"
+    if needs_grad(input, bias, dense):
+        return "a gradient is wanted"
     return None
+
+
+def _by_blocks(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """A float32 matrix product with some rows of the weight at a time, expanded just before."""
+    outputs, columns = weight.shape
+    x = input.reshape(-1, columns).float()
+    y = x.new_empty(x.shape[0], outputs)
+    step = max(1, EXPANDED // max(columns, 1))
+    for first in range(0, outputs, step):
+        last = min(first + step, outputs)
+        dense = weight.expand_rows(first, last) if isinstance(weight, QuantizedTensor) else weight[first:last].float()
+        torch.mm(x, dense.T, out=y[:, first:last])
+    if bias is not None:
+        y += bias
+    return y.view(*input.shape[:-1], outputs).to(input.dtype)
+
+
+def _emulated(weight: Tensor) -> bool:
+    """Whether torch computes in this dtype on the CPU without hardware for it, hundreds of times slower."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    name = "bf16" if weight.dtype == torch.bfloat16 else "fp16"
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return supported is None or not supported()
 
 
 def _reference_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
@@ -38,6 +112,7 @@ def _reference_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor
 LINEAR = Op(
     "linear",
     [
+        Implementation("cpu", _cpu_run, _cpu_why_not),
         Implementation("torch", _torch_run, _torch_why_not),
         Implementation("reference", _reference_run, always),
     ],
@@ -100,6 +175,8 @@ def linear(
     Raises:
         ValueError: a shape does not fit, the input is not floating, or `compute` is unknown.
     """
+    if len(weight.shape) != 2:
+        raise ValueError(f"linear: weight is {list(weight.shape)}, expected [outputs, inputs]")
     if input.dim() == 0 or input.shape[-1] != weight.shape[-1] or not input.is_floating_point():
         raise ValueError(
             f"linear: input is {describe(input)}, expected floats [..., {weight.shape[-1]}] "

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastlm.kernels import native
+from fastlm.kernels.cpu import linear as kernel
 from fastlm.ops.checks import describe
+from fastlm.ops.library import tracing
 from fastlm.reference.quantized import KINDS, dequantize, quantize
 
 if TYPE_CHECKING:
@@ -89,8 +92,16 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """All of it as a new tensor [N, K] of its own memory."""
-        weights = dequantize(self.data, self.kind).to(dtype)
-        return weights.clone() if weights.data_ptr() == self.data.data_ptr() else weights
+        return self.expand_rows(0, self.shape[0]).to(dtype)
+
+    def expand_rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive) as a new float32 tensor [last - first, K]."""
+        if self._native():
+            output = torch.empty(last - first, self.shape[1])
+            kernel.dequantize_rows(self.data, self.code, self.shape[0], output, first=first)
+            return output
+        weights = dequantize(self.data[first:last], self.kind)
+        return weights.clone() if self.kind == "F32" else weights
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` (integer [...]) as float32 [..., K]: an embedding lookup that touches those rows alone.
@@ -101,12 +112,21 @@ class QuantizedTensor:
         """
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"QuantizedTensor.rows: ids are {describe(ids)}, expected integers")
-        flat = ids.reshape(-1)
-        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
-            bad = flat[(flat < 0) | (flat >= self.shape[0])][0]
-            raise IndexError(f"QuantizedTensor.rows: id {int(bad)} is not in [0, {self.shape[0]})")
-        found = dequantize(self.data.index_select(0, flat), self.kind)
-        return found.view(*ids.shape, self.shape[1])
+        count, columns = self.shape
+        if self._native() and ids.device.type == "cpu":
+            flat = ids.reshape(-1).to(torch.int64)
+            output = torch.empty(flat.shape[0], columns)
+            bad = kernel.dequantize_rows(self.data, self.code, count, output, ids=flat)
+            if bad >= 0:
+                raise IndexError(f"QuantizedTensor.rows: id {int(flat[bad])} is not in [0, {count})")
+            return output.view(*ids.shape, columns)
+        if not tracing() and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+            wrong = ids[(ids < 0) | (ids >= count)][0]
+            raise IndexError(f"QuantizedTensor.rows: id {int(wrong)} is not in [0, {count})")
+        return dequantize(self.data[ids.long()], self.kind)
+
+    def _native(self) -> bool:
+        return native.CPU.module is not None and self.data.device.type == "cpu" and not tracing()
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """On `device`; itself where it is there already."""

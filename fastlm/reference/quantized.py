@@ -55,6 +55,8 @@ KINDS = {
 def dequantize(data: Tensor, kind: str) -> Tensor:
     """uint8 [..., row_bytes] to float32 [..., K]. F32 data is returned as a view of itself."""
     layout = KINDS[kind]
+    if data.shape[-1] == 0:
+        return data.float()
     if layout.dtype is not None:
         return data.view(layout.dtype).float()
     blocks = data.unflatten(-1, (data.shape[-1] // layout.block_bytes, layout.block_bytes))
@@ -77,6 +79,8 @@ def quantize(weights: Tensor, kind: str) -> Tensor:
     layout = KINDS[kind]
     layout.row_bytes(weights.shape[-1])
     weights = weights.detach().float().contiguous()
+    if weights.numel() == 0:
+        return weights.new_empty(*weights.shape[:-1], layout.row_bytes(weights.shape[-1]), dtype=torch.uint8)
     if kind == "BF16":
         return _bfloat16_bytes(weights)
     if layout.dtype is not None:
