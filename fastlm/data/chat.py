@@ -79,7 +79,7 @@ def render_chat(
         )
     except TemplateSyntaxError as error:
         raise DataError(f"chat template, line {error.lineno}: {error.message}") from error
-    except (TemplateError, TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # whatever someone else's program runs into
         raise DataError(f"chat template: {error}") from error
 
 

@@ -2,7 +2,9 @@
 
 Two rules hold for every kind:
 
-* `token_bytes` is byte-exact, and `decode` is its concatenation, so text can be streamed token by token.
+* `token_bytes` is byte-exact, and `decode` is its concatenation, so text can be streamed token by token. Where a
+  byte-level vocabulary has all 256 bytes, `decode(encode(text)) == text` for any text; some models' lack bytes that
+  hardly occur (SmolLM2's has no 0xF1), and drop them as they were trained to.
 * Text is only text. `encode("<|im_end|>")` gives the characters' tokens; the control token comes out only with
   `parse_special=True`, or from `encode_chat`, where the template's markers count and those in messages don't.
 """
@@ -204,8 +206,9 @@ class Tokenizer:
 
     @classmethod
     def _with_end(cls, backend: tokenizers.Tokenizer, kind: str) -> Tokenizer:
-        backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
         unk = backend.token_to_id(UNKNOWN) if kind in ("character", "word") else None
+        special = [END_OF_TEXT] if unk is None else [END_OF_TEXT, UNKNOWN]
+        backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
         return cls(backend, kind=kind, eos_id=backend.token_to_id(END_OF_TEXT), unk_id=unk)
 
     # Found in a checkpoint
@@ -303,7 +306,7 @@ class Tokenizer:
         return self._bytes[id]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; invalid UTF-8 becomes U+FFFD.
+        """The text of `ids`; invalid UTF-8 and the unknown token become U+FFFD.
 
         Sentencepiece models put a space before a text; it is removed again here (but not by `token_bytes`, which
         knows no beginning).

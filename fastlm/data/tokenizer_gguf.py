@@ -96,8 +96,8 @@ def read_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
     for id, type in enumerate(types):
         token = tokens[id]
-        if type in (_CONTROL, _USER_DEFINED):
-            backend.add_tokens([AddedToken(token, special=type == _CONTROL, normalized=False)])
+        if type in (_CONTROL, _UNKNOWN, _USER_DEFINED):
+            backend.add_tokens([AddedToken(token, special=type != _USER_DEFINED, normalized=False)])
             if backend.token_to_id(token) != id:
                 raise DataError(f"tokenizer.ggml.tokens: {token!r} can't have the id {id}")
     ids = {key: None if get(f"{key}_token_id") is None else int(get(f"{key}_token_id")) for key in _ID_KEYS}

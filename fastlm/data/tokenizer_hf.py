@@ -23,16 +23,12 @@ def read_folder(folder: Path) -> dict[str, Any]:
     if not any(special.values()) and backend.token_to_id("<|endoftext|>") is not None:
         special = dict.fromkeys(special, "<|endoftext|>") | {"unk": None}  # GPT-2's files name none
     # Adding what is there already changes no id; it only makes sure that the library knows it is special.
-    ends = [text for text in (special["bos"], special["eos"]) if text and backend.token_to_id(text) is not None]
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ends])
+    there = [text for text in special.values() if text and backend.token_to_id(text) is not None]
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in there])
     ids = {key: backend.token_to_id(text) if text else None for key, text in special.items()}
-    # transformers' rule: where the configuration says whether to add them, it overrides tokenizer.json.
-    if isinstance(config.get("add_bos_token"), bool) or isinstance(config.get("add_eos_token"), bool):
-        surround(
-            backend,
-            ids["bos"] if config.get("add_bos_token") else None,
-            ids["eos"] if config.get("add_eos_token") else None,
-        )
+    # With tokenizer.json, its post-processor alone says what is added, as in transformers 5.
+    if backend.post_processor is None and config.get("add_bos_token") and not (folder / "tokenizer.json").is_file():
+        surround(backend, ids["bos"], None)
     own = config.get("fastlm", {})
     stop = own.get("stop_ids", _json(folder / "generation_config.json").get("eos_token_id"))
     return {
