@@ -11,8 +11,8 @@ namespace FASTLM_ISA {
 
 namespace {
 
-// A thread more must take at least this many multiplications off each step; below, the barrier costs more.
-constexpr int64_t kWorkPerThread = 32 * 1024;
+// A thread more must have at least this many multiplications in each step; below, waking it costs more than it saves.
+constexpr int64_t kWorkPerThread = 128 * 1024;
 // Steps are taken together in chunks of about this many rows: x W_ih^T of a chunk, then its recurrence while those
 // gates are still in the cache.
 constexpr int64_t kChunkRows = 128;
@@ -344,9 +344,17 @@ void pack_panels(const PackPanels& a) {
         int64_t valid = units - first;
         valid = valid < 0 ? 0 : valid < kLanes ? valid : kLanes;
         const float* source = a.source + (p * per_panel + v * between) * a.stride_n;
-        for (int64_t lane = 0; lane < kLanes; ++lane)
-          for (int64_t k = k0; k < k1; ++k)
-            panel[k * kPanel + v * kLanes + lane] = lane < valid ? source[k * a.stride_k + lane * a.stride_n] : 0.0f;
+        for (int64_t k = k0; k < k1; ++k) {
+          float* to = panel + k * kPanel + v * kLanes;
+          const float* from = source + k * a.stride_k;
+          if (valid < kLanes) {
+            for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = lane < valid ? from[lane * a.stride_n] : 0.0f;
+          } else if (a.stride_n == 1) {
+            store(to, load(from));
+          } else {
+            for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = from[lane * a.stride_n];
+          }
+        }
       }
     }
   }

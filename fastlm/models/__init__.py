@@ -7,6 +7,7 @@ from typing import Any
 from fastlm.models.base import CausalLM, ModelConfig, State
 from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.llama import Llama, LlamaConfig
+from fastlm.models.ngram import NGramLM
 from fastlm.models.recurrent import LSTMLM, RNNLM, RecurrentConfig
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "ModelConfig",
+    "NGramLM",
     "RecurrentConfig",
     "State",
     "build",

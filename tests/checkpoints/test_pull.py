@@ -131,7 +131,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(sys, "executable", "/no/python")  # as where pip is not installed: the environment alone counts
     with Server(model, data) as running:
         monkeypatch.setenv("PIP_INDEX_URL", f"{running.url}/simple")
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield running
         running.shutdown()
