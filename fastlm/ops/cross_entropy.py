@@ -105,11 +105,11 @@ def _forward(
         hidden, weight, target, bias, ignore_index, smoothing, chunk, factors if any(wants) else None, wants
     )
     if reduction == "none":
-        return losses.to(hidden.dtype), gradients
+        return losses, gradients
     loss = losses.sum()
     if reduction == "mean":
         loss = loss / kept.sum()  # nan where every token is ignored, as in torch
-    return loss.to(hidden.dtype), gradients
+    return loss, gradients
 
 
 def _backward(
@@ -207,7 +207,8 @@ def _(
     chunk_size: int,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss = hidden.new_empty(target.shape if reduction == "none" else ())
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=wide)
     return loss, *_fake_gradients(hidden, weight, [want and reduction != "none" for want in wants])
 
 
@@ -325,7 +326,8 @@ def cross_entropy(
         chunk_size: tokens at a time; by default as many as make 2^24 logits (64 MiB).
 
     Returns:
-        [] for "mean" and "sum", [N] for "none" (0 for ignored tokens); hidden's dtype.
+        [] for "mean" and "sum", [N] for "none" (0 for ignored tokens); float32 or wider, for a bfloat16 loss has less
+        than three digits.
 
     Raises:
         ValueError: a shape, dtype or option is not as described; a target is out of range (checked on CPU).

@@ -19,13 +19,12 @@ def cross_entropy(
     reduction: str,
     chunk_size: int,
 ) -> Tensor:
-    """torch's cross_entropy of the whole [N, V] logits, the softmax in float32 or wider. `chunk_size` is not used."""
+    """torch's cross_entropy of the whole [N, V] logits, in float32 or wider. `chunk_size` is not used."""
     logits = functional.linear(hidden, weight, bias)
-    loss = functional.cross_entropy(
+    return functional.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)),
         target,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction=reduction,
     )
-    return loss.to(hidden.dtype)
