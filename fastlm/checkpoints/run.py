@@ -1,13 +1,12 @@
 """fastlm's own run folders: config.json, model.safetensors, tokenizer.json, fastlm.json.
 
-model.safetensors carries the configuration and everything else that must agree with the weights in its header, and is
-written last. So one rename decides between the old checkpoint and the new; the JSON files are for people and tools.
+model.safetensors carries the configuration, the tokenizer and the metadata in its header, and is written last. So one
+rename decides between the old checkpoint and the new; the JSON files say the same to people and other tools.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -55,26 +54,37 @@ def save_run(
     folder = Path(folder)
     config = model.config.to_dict()
     manifest = {"format": FORMAT, **(metadata or {})}
-    if tokenizer is not None:
-        manifest["tokenizer"] = tokenizer.fingerprint
-        _save_tokenizer(tokenizer, folder)
+    files = {} if tokenizer is None else _tokenizer_files(tokenizer)
+    for name, text in files.items():
+        write_atomic(folder / name, partial(_write_text, text))
     write_json_atomic(folder / "config.json", config)
     write_json_atomic(folder / _MANIFEST, manifest)
-    header = {"config": json.dumps(config), "fastlm": json.dumps(manifest)}
+    header = {"config": json.dumps(config), "tokenizer": json.dumps(files), "fastlm": json.dumps(manifest)}
     save_tensors_atomic(folder / _WEIGHTS, dense_weights(model), header)
 
 
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tokenizer.", dir=folder) as temporary:
-            tokenizer.save(temporary)
-            for file in sorted(Path(temporary).iterdir()):
-                target = folder / file.name
-                if not target.exists() or target.read_bytes() != file.read_bytes():
-                    write_atomic(target, partial(shutil.copyfile, file))
-    except OSError as error:
-        raise CheckpointError(folder, f"the tokenizer could not be written: {error}") from error
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save(temporary)
+        return {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(temporary).iterdir())}
+
+
+def _tokenizer(path: Path, files: Mapping[str, str]) -> Tokenizer:
+    from fastlm.data.tokenizer import Tokenizer
+
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, text in files.items():
+            if Path(name).name != name:
+                raise CheckpointError(path, f"has a tokenizer file {name!r}, expected a plain name")
+            _write_text(text, Path(temporary) / name)
+        try:
+            return Tokenizer.load(temporary)
+        except ValueError as error:
+            raise CheckpointError(path, f"tokenizer: {error}") from error
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def load_run(
@@ -95,13 +105,11 @@ def load_run(
     Raises:
         CheckpointError: a file is missing or damaged, or was written by a newer version, or the parts don't fit.
     """
-    from fastlm.data.tokenizer import Tokenizer
-
     folder = Path(folder)
     path = folder / _WEIGHTS
     tensors, header = read_safetensors(path)
     try:
-        config, manifest = json.loads(header["config"]), json.loads(header["fastlm"])
+        config, files, manifest = (json.loads(header[key]) for key in ("config", "tokenizer", "fastlm"))
         version = manifest.pop("format")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -109,21 +117,13 @@ def load_run(
         ) from error
     if version != FORMAT:
         raise CheckpointError(path, f"has format {version!r}, this version of fastlm reads {FORMAT}")
-    if not isinstance(config, dict):
-        raise CheckpointError(path, f"has the configuration {config!r}, expected an object")
+    if not isinstance(config, dict) or not isinstance(files, dict):
+        raise CheckpointError(path, f"has the configuration {config!r} and tokenizer {files!r}, expected objects")
     shapes = {
         name: tensor.shape for name, tensor in skeleton(path, lambda: config_from_dict(config)).state_dict().items()
     }
     expect_match(path, shapes, {name: tensor.shape for name, tensor in tensors.items()})
     model = build(config)
     model.load_state_dict(tensors, assign=True)
-    tokenizer = None
-    expected = manifest.pop("tokenizer", None)
-    if expected is not None:
-        try:
-            tokenizer = Tokenizer.load(folder)
-        except ValueError as error:
-            raise CheckpointError(folder, f"tokenizer: {error}") from error
-        if tokenizer.fingerprint != expected:
-            raise CheckpointError(folder / "tokenizer.json", "is not the tokenizer that the weights were saved with")
+    tokenizer = _tokenizer(path, files) if files else None
     return Checkpoint(model.to(device=device, dtype=dtype).eval(), tokenizer, manifest)
