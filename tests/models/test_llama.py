@@ -102,7 +102,7 @@ def peer(smollm2_gguf: Path) -> Any:
 def real_text() -> str:
     import pydoc_data.topics
 
-    return pydoc_data.topics.topics["exceptions"]
+    return pydoc_data.topics.topics["typesmodules"] + pydoc_data.topics.topics["specialnames"]
 
 
 @torch.no_grad()
