@@ -11,13 +11,13 @@ Two rules hold for every kind:
 
 from __future__ import annotations
 
-import codecs
+import functools
 import hashlib
 import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from fastlm.data.chat import hide_markers, render_chat
 from fastlm.data.errors import DataError
+from fastlm.data.token_bytes import BYTE_OF, EACH_BYTE, byte_table, surroundings
 
 __all__ = ["GPT2_PATTERN", "Tokenizer"]
 
@@ -39,29 +40,6 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 END_OF_TURN = frozenset(
     ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<EOT>")
 )
-
-
-# Python's "replace" makes one U+FFFD of a character that breaks off; llama.cpp makes one of each of its bytes.
-_EACH_BYTE = "fastlm.replace_each_byte"
-
-
-def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return "\ufffd" * (error.end - error.start), error.end
-
-
-codecs.register_error(_EACH_BYTE, _replace_each_byte)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where printable, else the next free code point from 256."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
-
-
-_BYTE_OF = _byte_alphabet()
 
 
 class Tokenizer:
@@ -103,8 +81,8 @@ class Tokenizer:
         ends = {id for id, text in self._special.items() if text in END_OF_TURN}
         self.stop_ids = frozenset({*stop_ids, *ends, *([] if eos_id is None else [eos_id])})
         self.chat_template = chat_template
-        self._prefix, self._suffix = _surroundings(backend)
-        self._bytes, self._strip_space = _byte_table(backend, vocab, self.vocab_size)
+        self._prefix, self._suffix = surroundings(backend)
+        self._bytes, self._strip_space = byte_table(backend, vocab, self.vocab_size)
         for id, token in added.items():
             self._bytes[id] = b"" if token.special else token.content.encode()
         if self.unk_id is not None:
@@ -122,7 +100,7 @@ class Tokenizer:
     @classmethod
     def byte(cls) -> Tokenizer:
         """Each UTF-8 byte is its own id, 0 to 255; 256 is the end of a text. Nothing is unknown."""
-        backend = tokenizers.Tokenizer(models.BPE(vocab=dict(_BYTE_OF), merges=[]))
+        backend = tokenizers.Tokenizer(models.BPE(vocab=dict(BYTE_OF), merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
         return cls._with_end(backend, "byte")
@@ -188,7 +166,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             min_frequency=min_count,
-            initial_alphabet=sorted(_BYTE_OF),
+            initial_alphabet=sorted(BYTE_OF),
             show_progress=False,
         )
         characters = 0
@@ -273,7 +251,7 @@ class Tokenizer:
         elif self.kind == "byte" and not parse_special:
             ids = list(text)
         else:
-            ids = self._encode(text.decode("utf-8", errors=_EACH_BYTE), parse_special)
+            ids = self._encode(text.decode("utf-8", errors=EACH_BYTE), parse_special)
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
@@ -325,10 +303,16 @@ class Tokenizer:
         """Whether `add_special_tokens` begins the text with bos."""
         return self.bos_id is not None and self.bos_id in self._prefix
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of everything that decides the ids; equal for equal tokenizers."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
+        """A hash of the vocabulary and of what it makes of its own tokens' text; equal for equal tokenizers.
+
+        Unlike tokenizer.json, these don't change with the library's version.
+        """
+        vocab = sorted(self._backend.get_vocab(with_added_tokens=True).items())
+        sample = self.encode(b"".join(self._bytes), add_special_tokens=True)
+        identity = json.dumps([vocab, sorted(self._special.items()), sample])
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     # Chat
 
@@ -376,50 +360,3 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.kind}, {self.vocab_size:,} ids)"
-
-
-def _surroundings(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the backend's post-processor puts before and after a text."""
-    text = next((token for token in backend.get_vocab(with_added_tokens=False) if token.isalnum()), "a")
-    inner = backend.encode(text, add_special_tokens=False).ids
-    outer = backend.encode(text, add_special_tokens=True).ids
-    for start in range(len(outer) - len(inner) + 1):
-        if outer[start : start + len(inner)] == inner:
-            return outer[:start], outer[start + len(inner) :]
-    return [], []
-
-
-def _byte_table(backend: tokenizers.Tokenizer, vocab: Mapping[str, int], size: int) -> tuple[list[bytes], bool]:
-    """The bytes of each id as the backend's decoder defines them, and whether a text loses its first space.
-
-    Raises:
-        DataError: the decoder does not join tokens byte by byte (WordPiece, for one).
-    """
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": "none"}
-    parts = {part["type"]: part for part in decoder.get("decoders", [decoder])}
-    to_bytes: Callable[[str], bytes] = str.encode
-    strip = False
-    if "ByteLevel" in parts:
-        to_bytes = _byte_level_bytes
-    elif "ByteFallback" in parts or "Metaspace" in parts:
-        to_bytes = _sentencepiece_bytes
-        strip = "Strip" in parts or parts.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
-    elif set(parts) != {"Fuse"}:
-        names = " + ".join(parts)
-        raise DataError(f"tokenizer.json: decoder {names} is not supported; byte-level, sentencepiece and Fuse are")
-    table = [b""] * size
-    for token, id in vocab.items():
-        table[id] = to_bytes(token)
-    return table, strip
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    try:
-        return bytes(_BYTE_OF[character] for character in token)
-    except KeyError:  # not made of stand-ins, so it stands for itself
-        return token.encode()
-
-
-def _sentencepiece_bytes(token: str) -> bytes:
-    match = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
-    return bytes([int(match[1], 16)]) if match else token.replace("\u2581", " ").encode()

@@ -154,6 +154,12 @@ def test_word_splits_agree_with_llama_cpp(pre: str, bpe: dict[str, Any], tmp_pat
         assert ours.decode(ours.encode(text)) == text
 
 
+def test_fingerprints_tell_word_splits_apart(bpe: dict[str, Any]) -> None:
+    rules = tokenizer_gguf._PATTERNS
+    prints = {Tokenizer.from_gguf({**bpe, "tokenizer.ggml.pre": pre}).fingerprint for pre in rules}
+    assert len(prints) == len(rules)
+
+
 @pytest.fixture(scope="module")
 def sentencepiece() -> dict[str, Any]:
     """A small vocabulary in the form of Llama 2's: pieces with scores, and 256 bytes to fall back on."""
