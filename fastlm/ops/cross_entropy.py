@@ -147,8 +147,9 @@ class _Chunked(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True: the gradients would pass for constants
+            raise RuntimeError("cross_entropy has no second derivative; fastlm.backend('reference') has")
         return _gradients(ctx, grad, _backward)
 
 
@@ -313,7 +314,8 @@ def cross_entropy(
 
     The same numbers as `torch.nn.functional.cross_entropy` on the logits, but the [N, V] logits never exist: with
     "mean" and "sum" the forward computes the gradients as it goes and the backward scales them; with "none" the
-    backward computes them from the incoming gradient of each token. Differentiable once.
+    backward computes them from the incoming gradient of each token. Differentiable once: a backward with
+    create_graph=True raises RuntimeError.
 
     Args:
         hidden: [N, d], any floating dtype; the softmax is computed in float32 or wider.

@@ -1,0 +1,153 @@
+"""ops.layer_norm and ops.rms_norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close_to_reference
+from torch import Tensor
+from torch.nn import functional
+
+from fastlm import ops
+from fastlm.reference import layer_norm as layer_norm_reference
+from fastlm.reference import rms_norm as rms_norm_reference
+
+Norm = Callable[..., Tensor]
+# name: the op, its formula, torch's operator with the same arguments, and the number of parameters
+NORMS: dict[str, tuple[Norm, Norm, Norm, int]] = {
+    "layer_norm": (
+        ops.layer_norm,
+        layer_norm_reference.layer_norm,
+        lambda x, *p, eps: functional.layer_norm(x, x.shape[-1:], *p, eps=eps),
+        2,
+    ),
+    "rms_norm": (
+        ops.rms_norm,
+        rms_norm_reference.rms_norm,
+        lambda x, *p, eps: functional.rms_norm(x, x.shape[-1:], *p, eps=eps),
+        1,
+    ),
+}
+
+
+@pytest.fixture(params=NORMS)
+def norm(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def _parameters(norm: str, dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(dim, dtype=dtype) for _ in range(NORMS[norm][3])]
+
+
+def compare(op: Norm, norm: str, x: Tensor, parameters: list[Tensor], eps: float) -> None:
+    """The comparison of this suite, which every planted fault must turn red."""
+    _, formula, torch_op, _ = NORMS[norm]
+    exact = formula(x.double(), *(p.double() for p in parameters), eps)
+    assert_close_to_reference(op(x, *parameters, eps=eps), torch_op(x, *parameters, eps=eps), exact)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 5), max_size=3),
+    dim=st.integers(1, 70),
+    strided=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    backend=st.sampled_from(["torch", "reference"]),
+    norm=st.sampled_from(sorted(NORMS)),
+)
+def test_any_shape_stride_and_dtype(
+    shape: list[int], dim: int, strided: bool, dtype: torch.dtype, backend: str, norm: str
+) -> None:
+    x = torch.randn(*shape, dim, 2 if strided else 1).select(-1, 0).to(dtype) + 0.5
+    with ops.backend(backend):
+        compare(NORMS[norm][0], norm, x, _parameters(norm, dim, dtype), 1e-5)
+
+
+def test_gradients(norm: str) -> None:
+    op, _, torch_op, count = NORMS[norm]
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    parameters = [p.requires_grad_() for p in _parameters(norm, 7, torch.float64)]
+    upstream = torch.randn(3, 7, dtype=torch.float64)
+    expected = torch.autograd.grad(torch_op(x, *parameters, eps=1e-3), (x, *parameters), upstream)
+    for backend in ("torch", "reference"):
+        with ops.backend(backend):
+            got = torch.autograd.grad(op(x, *parameters, eps=1e-3), (x, *parameters), upstream)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert torch.equal(op(x, eps=1e-3), op(x, *[None] * count, eps=1e-3))
+
+
+def test_constant_and_large_rows(norm: str) -> None:
+    for fill in (0.0, 3.0, 1e4):
+        x = torch.full((2, 64), fill)
+        assert NORMS[norm][0](x).isfinite().all()
+    # The mean square of 1e4 does not fit float16: it has to be taken in float32.
+    x = torch.randn(3, 64) * 1e4
+    for backend in ("torch", "reference"):
+        with ops.backend(backend):
+            got = NORMS[norm][0](x.half()).float()
+        torch.testing.assert_close(got, NORMS[norm][0](x.half().float()), rtol=2e-3, atol=2e-3)
+
+
+def test_parameters_of_another_dtype_go_to_the_reference(norm: str) -> None:
+    op, formula, _, _ = NORMS[norm]
+    x, parameters = torch.randn(3, 8).bfloat16(), _parameters(norm, 8)
+    explanation = ops.explain(op, x, *parameters)
+    assert explanation.chosen == "reference"
+    assert "weight is torch.float32, input torch.bfloat16" in str(explanation)
+    exact = formula(x.double(), *(p.double() for p in parameters), 1e-5)
+    assert_close_to_reference(op(x, *parameters), exact.bfloat16(), exact)
+
+
+FAULTS: dict[str, Norm] = {
+    "zeros": lambda op, x, *p, eps: torch.zeros_like(x),
+    "eps outside the root": lambda op, x, *p, eps: op(x, *p, eps=eps * eps),
+    "sum for mean": lambda op, x, *p, eps: op(x, *p, eps=eps) / x.shape[-1] ** 0.5,
+    "weight left out": lambda op, x, w, *b, eps: op(x, torch.ones_like(w), *b, eps=eps),
+    "weight plus one": lambda op, x, w, *b, eps: op(x, w + 1, *b, eps=eps),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(norm: str, fault: str) -> None:
+    op = NORMS[norm][0]
+    x, parameters = torch.randn(4, 33), _parameters(norm, 33)
+    compare(op, norm, x, parameters, 0.1)
+    with pytest.raises(AssertionError):
+        compare(lambda *a, eps: FAULTS[fault](op, *a, eps=eps), norm, x, parameters, 0.1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck(norm: str, transposed: bool) -> None:
+    x = torch.randn(3, 5, 8)
+    x = x.transpose(0, 1) if transposed else x
+    inputs = [t.requires_grad_() for t in (x, *_parameters(norm, 8))]
+    definition = getattr(torch.ops.fastlm, norm).default
+    torch.library.opcheck(definition, (*inputs, 1e-5))
+    torch.library.opcheck(definition, (inputs[0], *[None] * (len(inputs) - 1), 1e-5))
+
+
+def test_compiles_in_one_graph(norm: str) -> None:
+    op = NORMS[norm][0]
+    inputs = [t.requires_grad_() for t in (torch.randn(5, 3, 8).transpose(0, 1), *_parameters(norm, 8))]
+    compiled = torch.compile(lambda *t: op(*t) * 2, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), op(*inputs) * 2)
+    upstream = torch.randn(3, 5, 8)
+    fast = torch.autograd.grad(compiled(*inputs), inputs, upstream)
+    slow = torch.autograd.grad(op(*inputs) * 2, inputs, upstream)
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_errors_name_the_argument(norm: str) -> None:
+    op: Any = NORMS[norm][0]
+    with pytest.raises(ValueError, match=rf"^{norm}: weight is float32 \[4\] on cpu, expected shape \[5\]"):
+        op(torch.randn(3, 5), torch.randn(4))
+    if norm == "layer_norm":
+        with pytest.raises(ValueError, match=r"^layer_norm: bias is float32 \[1, 5\] on cpu, expected shape \[5\]"):
+            op(torch.randn(3, 5), None, torch.randn(1, 5))
