@@ -1,0 +1,175 @@
+// Attention to a key-value cache against a double-precision one, in buffers whose every unused float is NaN and that
+// end where the data ends, so that a stray read shows in the result or to the sanitizer.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "fastlm/attention_decode.h"
+
+using fastlm::AttentionDecode;
+
+namespace {
+
+constexpr int64_t kNoWindow = std::numeric_limits<int64_t>::max();
+
+struct Case {
+  AttentionDecode a = {};
+  std::vector<float> query, key, value, slopes, output, scratch;
+  std::vector<int64_t> lengths, rows;
+
+  Case(int64_t heads, int64_t kv_heads, int64_t tokens, int64_t dim, int64_t positions, std::vector<int64_t> stored)
+      : lengths(stored) {
+    a.batch = static_cast<int64_t>(stored.size());
+    a.heads = heads;
+    a.kv_heads = kv_heads;
+    a.tokens = tokens;
+    a.dim = dim;
+    a.cache_rows = a.batch + 1;
+    a.positions = positions;
+    a.scale = 0.3f;
+    a.window = kNoWindow;
+    a.threads = 2;
+    query.resize(a.batch * heads * tokens * dim);
+    for (float& x : query) x = random();
+    // Laid out by position, then head: [rows, positions, kv_heads, dim].
+    key.assign(a.cache_rows * positions * kv_heads * dim, NAN);
+    value = key;
+    for (int64_t b = 0; b < a.batch; ++b) {
+      rows.push_back(a.cache_rows - 1 - b);
+      for (int64_t i = 0; i < stored[b] * kv_heads * dim; ++i) {
+        key[rows[b] * positions * kv_heads * dim + i] = random();
+        value[rows[b] * positions * kv_heads * dim + i] = random();
+      }
+    }
+    for (int64_t i = 0; i < heads; ++i) slopes.push_back(0.01f * static_cast<float>(i + 1));
+    const int64_t q[3] = {heads * tokens * dim, tokens * dim, dim};
+    const int64_t kv[3] = {positions * kv_heads * dim, dim, kv_heads * dim};
+    for (int i = 0; i < 3; ++i) {
+      a.query_stride[i] = q[i];
+      a.key_stride[i] = a.value_stride[i] = kv[i];
+    }
+  }
+
+  float random() {
+    seed_ = seed_ * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<float>(static_cast<int32_t>(seed_ >> 32)) * 0x1p-30f;
+  }
+
+  const std::vector<float>& run() {
+    a.query = query.data();
+    a.key = key.data();
+    a.value = value.data();
+    a.lengths = lengths.data();
+    a.rows = rows.data();
+    CHECK(fastlm::attention_decode_check(a) == 0);
+    output.assign(query.size(), NAN);
+    scratch.assign(fastlm::attention_decode_scratch(a), NAN);
+    a.output = output.data();
+    a.scratch = scratch.data();
+    fastlm::attention_decode(a);
+    return output;
+  }
+
+  // The largest difference from the formula in double precision.
+  double error() {
+    run();
+    double largest = 0;
+    for (int64_t b = 0; b < a.batch; ++b)
+      for (int64_t h = 0; h < a.heads; ++h)
+        for (int64_t t = 0; t < a.tokens; ++t) {
+          const int64_t here = lengths[b] - a.tokens + t;
+          const int64_t shared = rows[b] * a.key_stride[0] + h / (a.heads / a.kv_heads) * a.key_stride[1];
+          const float* q = query.data() + ((b * a.heads + h) * a.tokens + t) * a.dim;
+          std::vector<double> sum(a.dim, 0.0);
+          double total = 0;
+          for (int64_t j = 0; j <= here; ++j) {
+            if (here - j >= a.window) continue;
+            double score = 0;
+            for (int64_t d = 0; d < a.dim; ++d) score += double(q[d]) * key[shared + j * a.key_stride[2] + d];
+            score *= a.scale;
+            if (a.softcap > 0) score = a.softcap * std::tanh(score / a.softcap);
+            if (a.slopes != nullptr) score += a.slopes[h] * static_cast<double>(j - here);
+            total += std::exp(score);
+            for (int64_t d = 0; d < a.dim; ++d)
+              sum[d] += std::exp(score) * value[shared + j * a.value_stride[2] + d];
+          }
+          for (int64_t d = 0; d < a.dim; ++d) {
+            const double off =
+                std::abs(sum[d] / total - output[((b * a.heads + h) * a.tokens + t) * a.dim + d]);
+            if (!(off <= largest)) largest = off;
+          }
+        }
+    return largest;
+  }
+
+ private:
+  uint64_t seed_ = 42;
+};
+
+}  // namespace
+
+FASTLM_TEST(attention_decode_agrees_with_the_formula) {
+  for (int64_t dim : {1, 3, 7, 8, 17, 64, 80, 256})
+    for (int64_t tokens : {1, 3, 33})
+      for (int64_t window : {kNoWindow, int64_t{1}, int64_t{100}, int64_t{256}}) {
+        Case c(6, 2, tokens, dim, 300, {300, 35, 257});
+        c.a.window = window;
+        if (dim % 2 == 0) c.a.slopes = c.slopes.data();
+        if (tokens == 3) c.a.softcap = 2.0f;
+        CHECK(c.error() < 2e-5);
+      }
+}
+
+FASTLM_TEST(attention_decode_comparison_finds_a_wrong_formula) {
+  Case c(6, 2, 1, 16, 300, {300, 35});
+  CHECK(c.error() < 2e-5);
+  c.a.window = 100;
+  c.run();
+  const std::vector<float> windowed = c.output;
+  c.a.window = 101;
+  c.run();
+  double difference = 0;
+  for (size_t i = 0; i < windowed.size(); ++i) difference = std::fmax(difference, std::abs(windowed[i] - c.output[i]));
+  CHECK(difference > 1e-4);  // one key in a hundred is well above the bound
+}
+
+FASTLM_TEST(attention_decode_threads_and_batch_change_no_bit) {
+  Case c(8, 2, 2, 24, 900, {900, 2, 512, 513});
+  const std::vector<float> together = c.run();
+  for (int threads : {1, 3, 16}) {
+    c.a.threads = threads;
+    CHECK(c.run() == together);
+  }
+  const size_t entry = together.size() / 4;
+  for (size_t b = 0; b < 4; ++b) {
+    Case one = c;
+    one.a.batch = 1;
+    one.query.assign(c.query.begin() + b * entry, c.query.begin() + (b + 1) * entry);
+    one.lengths = {c.lengths[b]};
+    one.rows = {c.rows[b]};
+    CHECK(one.run() == std::vector<float>(together.begin() + b * entry, together.begin() + (b + 1) * entry));
+  }
+}
+
+FASTLM_TEST(attention_decode_names_the_entry_out_of_range) {
+  Case c(2, 1, 2, 8, 10, {5, 10, 2});
+  c.run();
+  const auto check = [&c](std::vector<int64_t> lengths, std::vector<int64_t> rows) {
+    c.a.lengths = lengths.data();
+    c.a.rows = rows.empty() ? nullptr : rows.data();
+    return fastlm::attention_decode_check(c.a);
+  };
+  CHECK(check({5, 10, 2}, {}) == 0);
+  CHECK(check({5, 11, 2}, {}) == 2);
+  CHECK(check({5, 10, 1}, {}) == 3);
+  CHECK(check({-1, 10, 2}, {}) == 1);
+  CHECK(check({5, 10, 2}, {3, 0, 0}) == 0);
+  CHECK(check({5, 10, 2}, {0, 4, 0}) == -2);
+  CHECK(check({5, 10, 2}, {0, 0, -1}) == -3);
+  c.a.batch = 4;
+  CHECK(check({5, 10, 2, 2}, {}) == 0);
+  c.a.cache_rows = 3;
+  CHECK(check({5, 10, 2, 2}, {}) == -4);
+}
