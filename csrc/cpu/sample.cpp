@@ -4,6 +4,7 @@
 // and one group. top_p is decided by rejection: one pass sums the weights ahead of the drawn token, and where that
 // refuses the token, the same sums serve the next draw. top_k first shrinks the row to its k candidates, found with
 // the help of the groups' maxima. All sums are of integers, so that neither the lanes nor the threads matter.
+//
 // Threads share the rows. To share one row between them was tried and lost: at 50,000 tokens a pass takes less time
 // than the threads take to meet.
 #include "fastlm/sample.h"
@@ -11,19 +12,17 @@
 #include <omp.h>
 
 #include <cfloat>
-#include <climits>
 #include <cstring>
 
 #include "fastlm/philox.h"
 #include "kernel_table.h"
 #include "simd.h"
 #include "threads.h"
+#include "top_k.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
-
-typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 
 constexpr int kGroupVectors = 32;
 constexpr int64_t kGroup = kGroupVectors * kLanes;  // elements
@@ -31,32 +30,6 @@ constexpr float kInfinity = __builtin_inff();
 
 int64_t groups_of(int64_t n) { return (n + kGroup - 1) / kGroup; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-FASTLM_INLINE uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-FASTLM_INLINE float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-FASTLM_INLINE bool any(vi mask) {
-  uint64_t words[kLanes / 2], all = 0;
-  std::memcpy(words, &mask, sizeof(words));
-  for (uint64_t word : words) all |= word;
-  return all != 0;
-}
-FASTLM_INLINE uint32_t reduce_add(vu v) {
-  uint32_t lanes[kLanes], sum = 0;
-  std::memcpy(lanes, &v, sizeof(lanes));
-  for (uint32_t lane : lanes) sum += lane;
-  return sum;
-}
-FASTLM_INLINE vf load_some(const float* x, int64_t i, int64_t n, float fill) {
-  return i + kLanes <= n ? load(x + i) : load_partial(x + i, int(n - i), fill);
-}
 
 // One thread's scratch.
 struct Scratch {
@@ -156,7 +129,7 @@ void find_maxima(const float* x, int64_t n, float* maxima) {
     vf best = broadcast(-kInfinity);
     vi fine = ~vi{};
     for (int64_t i = g * kGroup; i < end; i += kLanes) {
-      const vf v = load_some(x, i, end, -kInfinity);
+      const vf v = load_until(x, i, end, -kInfinity);
       fine &= v < kInfinity;
       best = v > best ? v : best;
     }
@@ -184,64 +157,19 @@ int64_t first_maximum(const float* x, int64_t n, float maximum, const float* max
   return i;
 }
 
-// Floats as integers in the same order; the zeros are one.
-FASTLM_INLINE int32_t ordered(float x) {
-  const int32_t bits = int32_t(bits_of(x + 0.0f));
-  return bits ^ ((bits >> 31) & INT32_MAX);
-}
-FASTLM_INLINE float unordered(int32_t key) { return float_of(uint32_t(key ^ ((key >> 31) & INT32_MAX))); }
-
-int64_t count_at_least(const float* x, int64_t vectors, float threshold) {
-  vi count{};
-  for (int64_t i = 0; i < vectors; ++i) count -= load(x + i * kLanes) >= threshold;
-  int64_t total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += count[lane];
-  return total;
-}
-
-// A threshold that at least k elements of the row reach, few more if possible. Each of the maxima is an element, so
-// a threshold that k of them reach will do.
-float candidate_threshold(const float* maxima, int64_t groups, float maximum, int64_t k) {
-  int32_t low = ordered(-FLT_MAX), high = ordered(maximum);
-  if (count_at_least(maxima, groups, unordered(low)) < k) return unordered(low);
-  while (low < high) {
-    const int32_t middle = int32_t(high - (int64_t(high) - low) / 2);
-    const int64_t count = count_at_least(maxima, groups, unordered(middle));
-    if (count >= k)
-      low = middle;
-    else
-      high = middle - 1;
-    if (count >= k && count <= k + k / 8) break;
-  }
-  return unordered(low);
-}
-
-// The k-th largest of n > k different keys, by their digits from the highest. Overwrites the keys.
-uint64_t kth_largest(uint64_t* keys, int64_t n, int64_t k) {
-  for (int shift = 56; n > 1; shift -= 8) {
-    int64_t histogram[256] = {};
-    for (int64_t i = 0; i < n; ++i) ++histogram[keys[i] >> shift & 255];
-    uint64_t digit = 255;
-    while (k > histogram[digit]) k -= histogram[digit--];
-    int64_t left = 0;
-    for (int64_t i = 0; i < n; ++i)
-      if ((keys[i] >> shift & 255) == digit) keys[left++] = keys[i];
-    n = left;
-  }
-  return keys[0];
-}
-
 // Shrinks the row to its k largest elements, in order of id, in s.logits and s.ids; x may be s.logits. Returns how
 // many there are: less than k where the others are -inf.
 int64_t keep_top_k(const float* x, int64_t n, float maximum, int64_t k, const Scratch& s) {
   const int64_t groups = groups_of(n);
-  const float threshold = candidate_threshold(s.maxima, groups, maximum, k);
+  // Each of the maxima is an element, so a threshold that k of them reach will do, and there are few to look at.
+  float threshold = threshold_for(s.maxima, groups * kLanes, maximum, k);
+  if (threshold == -FLT_MAX) threshold = threshold_for(x, n, maximum, k);
   int64_t found = 0;
   for (int64_t g = 0; g < groups; ++g) {
     if (!any(load(s.maxima + g * kLanes) >= threshold)) continue;
     const int64_t end = least((g + 1) * kGroup, n);
     for (int64_t i = g * kGroup; i < end; i += kLanes) {
-      const vf v = load_some(x, i, end, -kInfinity);
+      const vf v = load_until(x, i, end, -kInfinity);
       if (!any(v >= threshold)) continue;
       for (int lane = 0; lane < kLanes; ++lane) {
         if (!(v[lane] >= threshold)) continue;
@@ -251,9 +179,7 @@ int64_t keep_top_k(const float* x, int64_t n, float maximum, int64_t k, const Sc
     }
   }
   if (found <= k) return found;
-  const auto key = [&](int64_t i) {
-    return uint64_t(uint32_t(ordered(s.logits[i])) ^ 0x80000000u) << 32 | ~uint32_t(s.ids[i]);
-  };
+  const auto key = [&](int64_t i) { return rank_key(s.logits[i], uint32_t(s.ids[i])); };
   for (int64_t i = 0; i < found; ++i) s.keys[i] = key(i);
   const uint64_t last = kth_largest(s.keys, found, k);
   int64_t kept = 0;
@@ -316,7 +242,7 @@ int64_t weigh(const float* x, int64_t n, float maximum, float scale, const Scrat
     const int64_t end = least((g + 1) * kGroup, n);
     WeightSum sum;
     for (int64_t i = g * kGroup; i < end; i += kLanes) {
-      vf y = (load_some(x, i, end, -kInfinity) - maximum) * scale;
+      vf y = (load_until(x, i, end, -kInfinity) - maximum) * scale;
       y = y > -40.0f ? y : broadcast(-40.0f);
       const vf e = exp2(y);
       store(s.e + i, e);

@@ -24,6 +24,7 @@ constexpr int kLanes = 4;
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));  // sums that may wrap
 
 FASTLM_INLINE vf load(const float* p) {
   vf v;
@@ -56,11 +57,39 @@ FASTLM_INLINE float reduce_max(vf v) {
   return lanes[0];
 }
 
+FASTLM_INLINE uint32_t reduce_add(vu v) {
+  uint32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+// Whether any lane of a mask is set.
+FASTLM_INLINE bool any(vi mask) {
+  uint64_t words[kLanes / 2], all = 0;
+  std::memcpy(words, &mask, sizeof(words));
+  for (uint64_t word : words) all |= word;
+  return all != 0;
+}
+
+FASTLM_INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+FASTLM_INLINE float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 // The first `n` (0 <= n < kLanes) elements; the rest are `fill`. Reads nothing beyond p[n - 1].
 FASTLM_INLINE vf load_partial(const float* p, int n, float fill = 0.0f) {
   float lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? p[i] : fill;
   return load(lanes);
+}
+// The vector at p[i], of which the elements from p[n] on are `fill`.
+FASTLM_INLINE vf load_until(const float* p, int64_t i, int64_t n, float fill) {
+  return i + kLanes <= n ? load(p + i) : load_partial(p + i, static_cast<int>(n - i), fill);
 }
 FASTLM_INLINE void store_partial(float* p, vf v, int n) {
   float lanes[kLanes];

@@ -113,7 +113,7 @@ def _dense_bias(bias: Mapping[int, float] | Tensor, logits: Tensor) -> Tensor:
         raise ValueError(
             f"sample: logit_bias is {describe(bias)}, expected floats of shape [{vocab}] or [{batch}, {vocab}]"
         )
-    return bias.expand(batch, vocab)
+    return bias.to(logits.device).expand(batch, vocab)
 
 
 def _run(
@@ -133,7 +133,7 @@ def _run(
         if history.dim() != 2 or len(history) != batch:
             raise ValueError(f"sample: history is {describe(history)}, expected shape [{batch}, length]")
         _check_rows("history", history[:, 0] if history.shape[1] else history.new_zeros(batch), batch, True)
-        history = history.to(torch.int64)
+        history = history.to(logits.device, torch.int64)
         history_lengths = _lengths("history_lengths", history_lengths, batch, history.shape[1])
         prompt_lengths = _lengths("prompt_lengths", prompt_lengths, batch, history.shape[1])
     elif history_lengths is not None or prompt_lengths is not None:

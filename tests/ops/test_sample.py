@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.kernels import native
+from fastlm.reference.sample import processed_logits, relative_probabilities
 
 DRAWS = 20_000
 HISTORY = torch.tensor([4, 4, 9, 9, 9, 17, 2, 2, 25, 9])
@@ -211,6 +212,43 @@ def test_thousands_of_draws_at_any_batch_size_and_thread_count(isa: str) -> None
                         assert torch.equal(ops.sample(x, position=position, **options), expected)
                 alone = [ops.sample(x[row : row + 1], sequence=row, position=position, **options) for row in range(64)]
             assert torch.equal(torch.cat(alone), expected)
+
+
+# A last bit that differs would change a token too rarely to be seen in draws. These make it decide.
+
+
+@needs_native
+def test_relative_probabilities_are_the_same_bits(isa: str) -> None:
+    x = torch.zeros(2000, 100)
+    x[:, 1:] = -4 * torch.rand(2000, 1)
+    e = torch.stack([relative_probabilities(row[:2], 0.7)[1] for row in x])
+    fast, expected = both(x, temperature=0.7, min_p=e)
+    assert torch.equal(fast, expected)
+    assert int((fast > 0).sum()) > 1000
+    assert not ops.sample(x, temperature=0.7, min_p=torch.nextafter(e, torch.tensor(2.0))).any()
+
+
+@needs_native
+def test_processed_logits_are_the_same_bits(isa: str) -> None:
+    x, bias = torch.randn(1000, 1) * 8, torch.randn(1000, 1)
+    count = torch.randint(1, 9, (1000,))
+    penalties = (1.37, 0.71, 0.11)
+    exact = torch.stack(
+        [processed_logits(x[b], bias[b], HISTORY.new_zeros(int(n)), 0, penalties) for b, n in enumerate(count)]
+    )
+    for penalised in (0, 1):  # the lower id wins if and only if both are equal, so both ways round
+        logits = torch.where(torch.arange(2) == penalised, x, exact)
+        tokens = ops.sample(
+            logits,
+            temperature=0,
+            logit_bias=torch.where(torch.arange(2) == penalised, bias, torch.zeros(1000, 1)),
+            history=torch.full((1000, 8), penalised),
+            history_lengths=count,
+            repetition_penalty=penalties[0],
+            presence_penalty=penalties[1],
+            frequency_penalty=penalties[2],
+        )
+        assert not tokens.any()
 
 
 @needs_native
