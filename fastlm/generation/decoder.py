@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlm import ops
 from fastlm.generation.params import SamplingParams, as_ids
 from fastlm.models.base import CausalLM
+from fastlm.ops.linear import FEW_ROWS
 
 __all__ = ["Decoder", "FinishReason", "Token"]
 
@@ -19,6 +20,10 @@ FinishReason = Literal["stop", "length", "context"]
 """A stop token or stop string; max_new_tokens reached; the model's context is full."""
 
 _PREFILL_CHUNK = 512  # tokens a prompt advances at a time: bounds the activations of a long prompt
+
+# Rows decoded together. Beyond it `ops.linear` would turn to a matrix product, whose rows can differ in the last bit
+# with their number; a group of this size already reads each weight once for many rows.
+_GROUP = FEW_ROWS
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,14 @@ class Decoder:
 
     def _decode(self) -> Tensor:
         ids = torch.tensor([[self._last[row]] for row in self._active], dtype=torch.int64, device=self._device)
-        rows = None if len(self._active) == len(self._prompts) else self._active
-        return self._model.head(self._model.hidden(ids, self._state, rows))[:, -1]
+        everyone = len(self._active) == len(self._prompts)
+        if everyone and len(self._active) <= _GROUP:
+            return self._model.head(self._model.hidden(ids, self._state))[:, -1]
+        parts = []
+        for start in range(0, len(self._active), _GROUP):
+            group = slice(start, start + _GROUP)
+            parts.append(self._model.head(self._model.hidden(ids[group], self._state, self._active[group]))[:, -1])
+        return torch.cat(parts)
 
     def _sample(self, logits: Tensor) -> Tensor:
         params, rows = self._params, self._active

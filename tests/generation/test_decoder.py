@@ -79,6 +79,12 @@ def test_batch_and_order_never_change_a_row(model: CausalLM, options: dict[str, 
     assert together == alone == backwards
 
 
+def test_large_batches_are_no_exception(model: CausalLM) -> None:
+    prompts = [[row, 2 * row % VOCAB, 5] for row in range(40)]
+    together = _ids(model, prompts, max_new_tokens=6, seed=3)
+    assert together == [_ids(model, [prompt], max_new_tokens=6, seed=3)[0] for prompt in prompts]
+
+
 def test_rows_that_end_early_leave_the_others_alone(model: CausalLM) -> None:
     free = _ids(model, PROMPTS, max_new_tokens=16, seed=1)
     stop = free[1][2]
