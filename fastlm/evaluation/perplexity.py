@@ -198,7 +198,7 @@ def as_tokens(name: str, tokens: TokenSource, least: int) -> Tokens:
     if isinstance(tokens, TokenFile):
         tokens = tokens.tokens
     elif not isinstance(tokens, (np.ndarray, Tensor)):
-        tokens = np.asarray(tokens, dtype=np.int64)
+        tokens = np.asarray(tokens)
     if tokens.ndim != 1 or _is_floating(tokens):
         raise ValueError(f"{name}: {tokens.dtype} {list(tokens.shape)}, expected integers in one dimension")
     if len(tokens) < least:
