@@ -23,10 +23,25 @@ _NGRAM_ORDER = 5
 _NGRAM_TOKENS = 2_000_000
 _FINAL_TOKENS = 200_000
 
+# What a resumed run keeps.
+_FIXED: tuple[str, ...] = (
+    "data",
+    "valid",
+    "valid_fraction",
+    "tokenizer",
+    "vocab_size",
+    "model",
+    "preset",
+    "layers",
+    "width",
+    "heads",
+)
+_FIXED += ("context", "embedding", "dropout")
 _MODEL, _DATA, _STEPS, _RUN = "Model", "Data", "Optimisation", "Run"
 
 
 def train(
+    ctx: typer.Context,
     data: Annotated[
         str | None,
         typer.Option(metavar="FILE|FOLDER|NAME|-", help="Text: a file, a folder, topics, stdlib, or - for stdin."),
@@ -46,14 +61,18 @@ def train(
             rich_help_panel=_MODEL,
         ),
     ] = "tiny",
-    layers: Annotated[int | None, typer.Option(min=1, rich_help_panel=_MODEL)] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of layers.", rich_help_panel=_MODEL)] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Hidden size.", rich_help_panel=_MODEL)] = None,
-    heads: Annotated[int | None, typer.Option(min=1, rich_help_panel=_MODEL)] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads (gpt, llama).", rich_help_panel=_MODEL)
+    ] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens it sees at once (gpt, llama).", rich_help_panel=_MODEL)
     ] = None,
-    embedding: Annotated[int | None, typer.Option(min=1, help="(lstm, gru, rnn)", rich_help_panel=_MODEL)] = None,
-    dropout: Annotated[float | None, typer.Option(help="0.1-0.5 for small text.", rich_help_panel=_MODEL)] = None,
+    embedding: Annotated[
+        int | None, typer.Option(min=1, help="Embedding size (lstm, gru, rnn).", rich_help_panel=_MODEL)
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="0.1 to 0.5 for small text.", rich_help_panel=_MODEL)] = None,
     tokenizer: Annotated[
         str, typer.Option(metavar="bpe|byte|char|word|FOLDER", help="Learnt from the text.", rich_help_panel=_DATA)
     ] = "bpe",
@@ -67,30 +86,55 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Default: 2000.", rich_help_panel=_STEPS)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the text instead.", rich_help_panel=_STEPS)] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds at the most.", rich_help_panel=_STEPS)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Blocks a step.", rich_help_panel=_STEPS)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Blocks a step. Default: 16.", rich_help_panel=_STEPS)] = None,
     block: Annotated[int | None, typer.Option(help="Tokens a block.", rich_help_panel=_STEPS)] = None,
     accumulate: Annotated[
-        int | None, typer.Option(help="Slices of a batch, to save memory.", rich_help_panel=_STEPS)
+        int | None, typer.Option(help="Slices to take a batch in, to save memory.", rich_help_panel=_STEPS)
     ] = None,
-    optimizer: Annotated[str | None, typer.Option(metavar="adamw|adam|sgd", rich_help_panel=_STEPS)] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_STEPS)] = None,
-    schedule: Annotated[str | None, typer.Option(metavar="cosine|linear|constant", rich_help_panel=_STEPS)] = None,
-    warmup: Annotated[int | None, typer.Option(help="Steps.", rich_help_panel=_STEPS)] = None,
-    weight_decay: Annotated[float | None, typer.Option(rich_help_panel=_STEPS)] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest gradient norm.", rich_help_panel=_STEPS)] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(metavar="adamw|adam|sgd", help="Default: adamw.", rich_help_panel=_STEPS)
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of sgd.", rich_help_panel=_STEPS)] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate. Default: by the preset.", rich_help_panel=_STEPS)
+    ] = None,
+    min_lr: Annotated[
+        float | None, typer.Option(help="Where decay ends. Default: a tenth of --lr.", rich_help_panel=_STEPS)
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cosine|linear|constant",
+            help="Default: cosine; constant where only time ends the run.",
+            rich_help_panel=_STEPS,
+        ),
+    ] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps to the peak. Default: 100.", rich_help_panel=_STEPS)] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default: 0.1.", rich_help_panel=_STEPS)] = None,
+    clip: Annotated[float | None, typer.Option(help="Gradient norm. Default: 1.", rich_help_panel=_STEPS)] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many evaluations without a new best.", rich_help_panel=_STEPS)
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="auto|float32|bfloat16|float16", rich_help_panel=_STEPS)
+        str | None,
+        typer.Option(
+            metavar="auto|float32|bfloat16|float16", help="Default: what is fast here.", rich_help_panel=_STEPS
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same losses.", rich_help_panel=_RUN)] = None,
-    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", rich_help_panel=_RUN)] = None,
-    eval_interval: Annotated[int | None, typer.Option(help="Steps between evaluations.", rich_help_panel=_RUN)] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="auto|cpu|cuda", help="Default: a GPU if there is one.", rich_help_panel=_RUN)
+    ] = None,
+    eval_interval: Annotated[
+        int | None, typer.Option(help="Steps between evaluations. Default: 250.", rich_help_panel=_RUN)
+    ] = None,
+    eval_batches: Annotated[
+        int | None, typer.Option(help="Batches of held-out text each. Default: 40.", rich_help_panel=_RUN)
+    ] = None,
     checkpoint_interval: Annotated[
         int | None, typer.Option(help="Steps between checkpoints. Default: as evaluations.", rich_help_panel=_RUN)
     ] = None,
-    keep: Annotated[int | None, typer.Option(help="Checkpoints to keep.", rich_help_panel=_RUN)] = None,
+    keep: Annotated[int | None, typer.Option(help="Checkpoints to keep. Default: 2.", rich_help_panel=_RUN)] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Log for TensorBoard too.", rich_help_panel=_RUN)
     ] = False,
@@ -132,7 +176,9 @@ def train(
         "block_length": block,
         "accumulation": accumulate,
         "optimizer": optimizer,
+        "momentum": momentum,
         "learning_rate": lr,
+        "min_learning_rate": min_lr,
         "schedule": schedule,
         "warmup_steps": warmup,
         "weight_decay": weight_decay,
@@ -142,10 +188,12 @@ def train(
         "seed": seed,
         "device": device,
         "eval_interval": eval_interval,
+        "eval_batches": eval_batches,
         "checkpoint_interval": checkpoint_interval,
         "keep_checkpoints": keep,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
+    fixed = {name: ctx.params[name] for name in _FIXED}
     plan = _read_plan(out / _PLAN)
     if plan is not None and not resume:
         raise ValueError(f"--out: {out} already holds a run; add --resume to go on with it, or give another folder")
@@ -171,6 +219,12 @@ def train(
         defaults = presets.training_defaults(model_config, preset)
         config = TrainingConfig.from_dict(_ended({**defaults, **changes}))
     else:
+        for name, value in fixed.items():
+            source = ctx.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE" and value != plan["options"][name]:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option}: {value!r}, expected {plan['options'][name]!r}, with which {out} was begun")
+        fixed = plan["options"]
         prepared = load(out / "data", cached=True)
         model_config = plan["model"]
         config = TrainingConfig.from_dict({**plan["training"], **changes})
@@ -179,7 +233,7 @@ def train(
     if tensorboard:
         callbacks.append(TensorBoardLog(out / "tensorboard"))
     trainer = Trainer(network, prepared.train, prepared.valid, config, out, callbacks, tokenizer=prepared.tokenizer)
-    write_json_atomic(out / _PLAN, {"model": model_config, "training": config.to_dict()})
+    write_json_atomic(out / _PLAN, {"options": fixed, "model": model_config, "training": config.to_dict()})
     if resume_files.checkpoints(out):
         trainer.resume()
     _say_plan(trainer, prepared, out)
