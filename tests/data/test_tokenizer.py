@@ -187,6 +187,10 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer_config\.json: not JSON"):
         Tokenizer.load(tmp_path)
+    for kind in ("byte", "character"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"fastlm": {"kind": kind}}))
+        with pytest.raises(DataError, match=f"kind: '{kind}', and the vocabulary is not one of single {kind}s"):
+            Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
     whole["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}

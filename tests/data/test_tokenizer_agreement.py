@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_strings import INVALID_UTF8, STRINGS
+from tokenizers import decoders, models, pre_tokenizers
 
 from fastlm.data import DataError, Tokenizer, tokenizer_gguf
 
@@ -33,13 +35,14 @@ class LlamaCpp:
 
     def __init__(self, path: Path) -> None:
         llama_cpp = pytest.importorskip("llama_cpp")
-        quiet, self._saved = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+        quiet, saved = os.open(os.devnull, os.O_WRONLY), os.dup(2)
         os.dup2(quiet, 2)  # it writes to the descriptor itself
         try:
             self.model = llama_cpp.Llama(model_path=str(path), vocab_only=True, verbose=False)
         finally:
-            os.dup2(self._saved, 2)
+            os.dup2(saved, 2)
             os.close(quiet)
+            os.close(saved)
 
     def encode(self, text: str | bytes, special: bool = False) -> list[int]:
         data = text if isinstance(text, bytes) else text.encode()
@@ -294,6 +297,20 @@ def test_llama_folder_agrees_with_transformers(sentencepiece: dict[str, Any], tm
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": added}))
         expected = transformers.AutoTokenizer.from_pretrained(tmp_path)("the cat").input_ids
         assert Tokenizer.from_hf(tmp_path).encode("the cat", add_special_tokens=True) == expected
+
+
+@pytest.mark.parametrize("scheme", ["always", "never", "first"])
+def test_metaspace_decodes_as_the_library_does(scheme: str, tmp_path: Path) -> None:
+    letters = sorted({*"".join(STRINGS), "\u2581"})
+    backend = tokenizers.Tokenizer(models.BPE({letter: id for id, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_hf(tmp_path)
+    for text in STRINGS:
+        ids = backend.encode(text).ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == backend.decode(ids)
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(gpt2_folder: Path, tmp_path: Path) -> None:
