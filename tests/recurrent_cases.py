@@ -178,15 +178,19 @@ def inference(case: Case, inputs: Inputs, run: Run = call) -> dict[str, Tensor]:
         return dict(zip(["output", "h_n", "c_n"], run(case, inputs), strict=False))
 
 
-def compare(case: Case, fast: Run) -> None:
-    """Asserts the design's bound for every output and gradient of `fast` in float32, with and without gradients."""
+def compare(case: Case, fast: Run, *, floor: float = 1e-6) -> None:
+    """Asserts the design's bound for every output and gradient of `fast` in float32, with and without gradients.
+
+    Over thousands of random cases a floor of 1e-6 would fail a few: among a handful of numbers whose terms cancel,
+    torch is sometimes lucky. Those pass 1e-5; a fault is off by a hundred times more at least.
+    """
     single = make_inputs(case).to(torch.float32)
     exact = named_results(case, single.to(torch.float64), run_reference)
     same_dtype = named_results(case, single, run_torch)
     for results in (named_results(case, single, fast), inference(case, single, fast)):
         for name, result in results.items():
             try:
-                assert_close_to_reference(result, same_dtype[name], exact[name])
+                assert_close_to_reference(result, same_dtype[name], exact[name], floor=floor)
             except AssertionError as error:
                 raise AssertionError(f"{case}: {name}: {error}") from None
 

@@ -173,6 +173,8 @@ class CellSuite:
         rows = self.gates * hidden
         shapes = [(batch, width), *[(batch, hidden)] * self.states, (rows, width), (rows, hidden)]
         found: list[Any] = [torch.randn(*s, dtype=torch.float64) for s in shapes]
+        for weight in found[-2:]:
+            weight /= weight.shape[1] ** 0.5
         return found + [torch.randn(rows, dtype=torch.float64) if bias else None for _ in range(2)]
 
     def call(self, tensors: list[Any], **kwargs: Any) -> Any:

@@ -3,16 +3,122 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import _VF, Tensor
+from torch.autograd import forward_ad
 
-from fastlm.ops.library import autograd_by_reference, tracing
-from fastlm.ops.recurrent import SequenceOp, check_cell, torch_sequence
+from fastlm.kernels import native
+from fastlm.kernels.cpu import lstm as kernel
+from fastlm.ops.library import autograd_by_reference, needs_grad, tracing
+from fastlm.ops.recurrent import SequenceOp, check_cell, opaque_kernel_why_not, torch_sequence
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import lstm as reference
+from fastlm.reference.recurrent import States, Weights, sequence
 
 __all__ = ["lstm", "lstm_cell"]
+
+
+def _forward(
+    input: Tensor,
+    batch_sizes: list[int],
+    reverse: bool,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Tensor | None],
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, kernel.Saved | None]:
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    assert w_ih is not None and w_hh is not None
+    return kernel.layer_forward(input, batch_sizes, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, reverse, save)
+
+
+class _Layer(torch.autograd.Function):
+    """One direction of one layer by the native kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, batch_sizes: list[int], reverse: bool, h0: Tensor, c0: Tensor, *weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output, h_n, c_n, saved = _forward(input, batch_sizes, reverse, h0, c0, weights, save=True)
+        assert saved is not None
+        ctx.save_for_backward(*saved.tensors)
+        ctx.layout = saved.batch_sizes, saved.reverse
+        ctx.set_materialize_grads(False)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_input, _, _, of_h0, of_c0, *of_weights = ctx.needs_input_grad
+        needs = (of_input, *of_weights, of_h0, of_c0)
+        input, *weights, h0, c0 = _LayerGradients.apply(needs, *ctx.layout, *grads, *ctx.saved_tensors)
+        return input, None, None, h0, c0, *weights
+
+
+class _LayerGradients(torch.autograd.Function):
+    """The backward of `_Layer`, a function of its own so that differentiating it fails with a reason."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, needs: Sequence[bool], batch_sizes: list[int], reverse: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        grad_output, grad_h_n, grad_c_n, *saved = tensors
+        saved_forward = kernel.Saved(tuple(saved), batch_sizes, reverse)
+        return tuple(kernel.layer_backward(saved_forward, grad_output, grad_h_n, grad_c_n, needs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise NotImplementedError(
+            "lstm: the native backward has no derivative of its own; run the forward under "
+            "fastlm.backend('reference') to differentiate it twice"
+        )
+
+
+def _cpu_layer(
+    input: Tensor, batch_sizes: list[int], states: States, weights: Weights, reverse: bool
+) -> tuple[Tensor, States]:
+    h0, c0 = states
+    if needs_grad(input, h0, c0, *weights):
+        output, h_n, c_n = _Layer.apply(input, batch_sizes, reverse, h0, c0, *weights)
+    else:
+        output, h_n, c_n, _ = _forward(input, batch_sizes, reverse, h0, c0, weights, save=False)
+    return output, (h_n, c_n)
+
+
+def _cpu_run(
+    input: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, *rest: Any
+) -> tuple[Tensor, States]:
+    return sequence(_cpu_layer, input, states, weights, batch_sizes, *rest)
+
+
+def _cpu_why_not(
+    input: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, *_: Any
+) -> str | None:
+    if input.numel() == 0:
+        return "the batch is empty"
+    return opaque_kernel_why_not(native.CPU, input, *states, *weights)
+
+
+def _cpu_cell(
+    input: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if needs_grad(input, h, c, w_ih, w_hh, b_ih, b_hh):
+        _, (h, c) = _cpu_layer(input, [input.shape[0]], (h, c), Weights(w_ih, w_hh, b_ih, b_hh), False)
+        return h, c
+    return kernel.cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
+
+
+def _cpu_cell_why_not(input: Tensor, *tensors: Tensor | None) -> str | None:
+    if input.numel() == 0:
+        return "the batch is empty"
+    return opaque_kernel_why_not(native.CPU, input, *tensors)
+
+
+def _torch_why_not(*_: Any) -> str | None:
+    if forward_ad._current_level >= 0:
+        return "torch's own LSTM has no forward-mode derivative"
+    return None
 
 
 def _torch_cell(
@@ -25,7 +131,8 @@ LSTM = SequenceOp(
     "lstm",
     4,
     [
-        Implementation("torch", torch_sequence(_VF.lstm), always),
+        Implementation("cpu", _cpu_run, _cpu_why_not),
+        Implementation("torch", torch_sequence(_VF.lstm), _torch_why_not),
         Implementation("reference", reference.lstm, always),
     ],
 )
@@ -33,6 +140,7 @@ LSTM = SequenceOp(
 LSTM_CELL = Op(
     "lstm_cell",
     [
+        Implementation("cpu", _cpu_cell, _cpu_cell_why_not),
         Implementation("torch", _torch_cell, always),
         Implementation("reference", reference.lstm_cell, always),
     ],
