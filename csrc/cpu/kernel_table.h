@@ -9,6 +9,7 @@
 #include "fastlm/linear.h"
 #include "fastlm/lstm.h"
 #include "fastlm/math.h"
+#include "fastlm/pack.h"
 #include "fastlm/sample.h"
 
 // X(return type, name, parameter list, argument list)

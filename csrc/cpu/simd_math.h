@@ -31,14 +31,15 @@ FASTLM_INLINE ExpParts exp_parts(vf x) {
 // 2^n for -126 <= n <= 127.
 FASTLM_INLINE vf exp2_int(vi n) { return as_float((n + 127) << 23); }
 
-FASTLM_INLINE vf exp(vf x) {
-  // The order of the operands lets NaN through.
-  const vf clamped = min(broadcast(89.0f), max(broadcast(-104.0f), x));
-  const ExpParts e = exp_parts(clamped);
-  // In two factors, since 2^n itself leaves the range of normal numbers at both ends.
+// e^x for -104 <= x <= 89. In two factors, since 2^n leaves the range of normal numbers at both ends.
+FASTLM_INLINE vf exp_bounded(vf x) {
+  const ExpParts e = exp_parts(x);
   const vi half = e.n >> 1;
   return (e.expm1_r + 1.0f) * exp2_int(half) * exp2_int(e.n - half);
 }
+
+// The order of min's and max's operands lets NaN through, here and below.
+FASTLM_INLINE vf exp(vf x) { return exp_bounded(min(broadcast(89.0f), max(broadcast(-104.0f), x))); }
 
 FASTLM_INLINE vf abs(vf x) { return as_float(as_int(x) & 0x7fffffff); }
 
@@ -54,7 +55,7 @@ FASTLM_INLINE vf tanh(vf x) {
 
 // e^-|x| never overflows, and for x < 0 the quotient keeps its relative accuracy down to the denormals.
 FASTLM_INLINE vf sigmoid(vf x) {
-  const vf e = exp(as_float(as_int(x) | (int32_t)0x80000000));
+  const vf e = exp_bounded(max(broadcast(-104.0f), as_float(as_int(x) | (int32_t)0x80000000)));
   return select(x < 0.0f, e, broadcast(1.0f)) / (e + 1.0f);
 }
 

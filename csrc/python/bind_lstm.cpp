@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "fastlm/lstm.h"
+#include "fastlm/pack.h"
 
 namespace fastlm {
 namespace {
@@ -13,11 +14,14 @@ void check(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-void check_batch_sizes(const std::vector<int64_t>& sizes) {
+void check_batch_sizes(const std::vector<int64_t>& sizes, int64_t rows, int64_t batch) {
   check(!sizes.empty(), "lstm: batch_sizes is empty, expected a size for each of at least one step");
-  for (size_t t = 0; t < sizes.size(); ++t)
+  check(sizes[0] == batch, "lstm: batch_sizes begins with another number than the rows of h0");
+  int64_t total = 0;
+  for (size_t t = 0; t < sizes.size(); total += sizes[t++])
     check(sizes[t] >= 1 && (t == 0 || sizes[t] <= sizes[t - 1]),
           "lstm: batch_sizes has a size that is less than 1 or greater than the one before");
+  check(total == rows, "lstm: batch_sizes does not sum to the rows of input");
 }
 
 void pack(address source, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n, bool gates, address packed,
@@ -38,11 +42,11 @@ uint64_t sample_hash(const std::vector<std::pair<address, int64_t>>& spans) {
   return hash;
 }
 
-void forward(const std::vector<int64_t>& batch_sizes, int64_t inputs, int64_t hidden, int64_t outputs, bool reverse,
-             address input, address w_ih, address w_hh, address bias, address w_hr, address h0, address c0,
-             address output, address h_n, address c_n, address gates, address cells, address unprojected,
-             address scratch, int threads) {
-  check_batch_sizes(batch_sizes);
+void forward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t inputs, int64_t hidden,
+             int64_t outputs, bool reverse, address input, address w_ih, address w_hh, address bias, address w_hr,
+             address h0, address c0, address output, address h_n, address c_n, address gates, address cells,
+             address unprojected, address scratch, int threads) {
+  check_batch_sizes(batch_sizes, rows, batch);
   check(inputs >= 1 && hidden >= 1 && outputs >= 1, "lstm: sizes must be positive");
   check(w_hr != 0 || outputs == hidden, "lstm: outputs differ from hidden units, but there is no projection");
   py::gil_scoped_release unlocked;
@@ -54,11 +58,12 @@ void forward(const std::vector<int64_t>& batch_sizes, int64_t inputs, int64_t hi
                 threads});
 }
 
-void backward(const std::vector<int64_t>& batch_sizes, int64_t hidden, int64_t outputs, bool reverse, address w_hh,
-              address w_hr, address h0, address c0, address output, address gates, address cells, address grad_output,
-              address grad_h_n, address grad_c_n, address grad_gates, address grad_projected, address previous,
-              address grad_h0, address grad_c0, address scratch, int threads) {
-  check_batch_sizes(batch_sizes);
+void backward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t hidden, int64_t outputs,
+              bool reverse, address w_hh, address w_hr, address h0, address c0, address output, address gates,
+              address cells, address grad_output, address grad_h_n, address grad_c_n, address grad_gates,
+              address grad_projected, address previous, address grad_h0, address grad_c0, address scratch,
+              int threads) {
+  check_batch_sizes(batch_sizes, rows, batch);
   check(hidden >= 1 && outputs >= 1, "lstm: sizes must be positive");
   py::gil_scoped_release unlocked;
   lstm_backward({static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), hidden, outputs,

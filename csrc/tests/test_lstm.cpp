@@ -8,6 +8,7 @@
 #include "check.h"
 #include "fastlm/isa.h"
 #include "fastlm/lstm.h"
+#include "fastlm/pack.h"
 
 namespace {
 

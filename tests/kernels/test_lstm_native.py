@@ -232,7 +232,7 @@ def test_nan_stays_in_its_row(isa: str) -> None:
     assert torch.equal(output, clean)
 
 
-@pytest.mark.parametrize("batch_sizes", [[], [2, 3], [2, 0]])
+@pytest.mark.parametrize("batch_sizes", [[], [2, 3], [2, 0], [4], [2, 1], [3, 1]])
 def test_bad_batch_sizes_are_refused(batch_sizes: list[int]) -> None:
     case = Case(4, 8, 0, [2, 2], reverse=False)
     with pytest.raises(ValueError, match="batch_sizes"):

@@ -5,28 +5,14 @@
 // Gate order i, f, g, o, as in torch. Sak et al., 2014 (https://arxiv.org/abs/1402.1128) for the projection W_hr.
 //
 // Sizes: T steps, N rows in all, B = batch_sizes[0], I inputs, H hidden units, P outputs (P == H without W_hr),
-// L lanes (simd_lanes()), and ceil(n / m) written n/m. All memory is the caller's, float, row-major and contiguous;
-// nothing is kept after the call. Results of a row depend neither on the other rows nor on the thread count.
+// L lanes (simd_lanes()), and ceil(n / m) written n/m. Weights come packed (fastlm/pack.h). All memory is the
+// caller's, float, row-major and contiguous; nothing is kept after the call. Results of a row depend neither on the
+// other rows nor on the thread count.
 #pragma once
 
 #include <cstdint>
 
 namespace fastlm {
-
-// Packs a matrix into [panels][k][4][L] (see cpu/gemm_panel.h): element (a, b), a < k, b < n, is read from
-// source[a * stride_k + b * stride_n].
-struct PackPanels {
-  const float* source;
-  int64_t k, n;
-  int64_t stride_k, stride_n;
-  bool gates;     // n counts 4 gates of n/4 units, and panels take L units of each: n/(4L) panels of 4L columns if not
-  float* packed;  // out: lstm_packed_size(k, n, gates) floats
-  int threads;
-};
-void pack_panels(const PackPanels& args);
-
-// Floats in a packed matrix: panels * k * 4L, with (n/4)/L panels for gates and n/(4L) otherwise.
-int64_t packed_size(int64_t k, int64_t n, bool gates);
 
 struct LstmForward {
   int64_t steps;               // T >= 1

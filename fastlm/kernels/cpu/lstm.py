@@ -117,7 +117,7 @@ def layer_forward(
         output [N, P], h_n [B, P], c_n [B, H], and what to give to `layer_backward` (None without `save`).
 
     Raises:
-        ValueError: `batch_sizes` is empty or not as above.
+        ValueError: `batch_sizes` is empty or not as above. Other shapes are the caller's to check.
     """
     module = native.CPU.require()
     rows, inputs = input.shape
@@ -135,6 +135,8 @@ def layer_forward(
     scratch = input.new_empty(module.lstm_forward_scratch(batch, hidden, outputs, w_hr is not None, save))
     module.lstm_forward(
         batch_sizes,
+        rows,
+        batch,
         inputs,
         hidden,
         outputs,
@@ -194,6 +196,8 @@ def layer_backward(
     scratch = input.new_empty(module.lstm_backward_scratch(batch, hidden, outputs, w_hr is not None))
     module.lstm_backward(
         saved.batch_sizes,
+        rows,
+        batch,
         hidden,
         outputs,
         saved.reverse,
