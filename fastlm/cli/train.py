@@ -30,6 +30,7 @@ _FIXED: tuple[str, ...] = (
     "valid_fraction",
     "tokenizer",
     "vocab_size",
+    "clean",
     "model",
     "preset",
     "layers",
@@ -83,6 +84,9 @@ def train(
         str | None, typer.Option(help="Validation text. Default: the end of --data.", rich_help_panel=_DATA)
     ] = None,
     valid_fraction: Annotated[float, typer.Option(help="How much of its end.", rich_help_panel=_DATA)] = 0.1,
+    clean: Annotated[
+        str, typer.Option(metavar="STEP,...", help="Cleaning steps, in order. Default: none.", rich_help_panel=_DATA)
+    ] = "",
     steps: Annotated[int | None, typer.Option(help="Default: 2000.", rich_help_panel=_STEPS)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the text instead.", rich_help_panel=_STEPS)] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds at the most.", rich_help_panel=_STEPS)] = None,
@@ -151,6 +155,8 @@ def train(
 
       fastlm train --data my.txt --model lstm --tokenizer char --preset small --dropout 0.3 --out runs/lstm
 
+      fastlm train --data books/ --clean nfc,normalize_newlines,strip_gutenberg_header --out runs/books
+
       cat *.txt | fastlm train --data - --time-limit 600 --out runs/quick
 
       fastlm train --out runs/mine --resume --steps 5000
@@ -203,7 +209,7 @@ def train(
         if preset not in presets.PRESETS:
             raise typer.BadParameter(f"preset: {preset!r}, expected {', '.join(presets.PRESETS)}")
         TrainingConfig.from_dict(_ended(changes))  # a wrong option is told before the text is read
-        options = DataOptions(data, valid, tokenizer, vocab_size, valid_fraction)
+        options = DataOptions(data, valid, tokenizer, vocab_size, valid_fraction, tuple(filter(None, clean.split(","))))
         prepared = prepare(options, out / "data", report=lambda line: errors.print(f"[dim]{line}[/]"))
         model_config = presets.model_config(
             model,

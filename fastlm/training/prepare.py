@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastlm.checkpoints.atomic import write_atomic, write_json_atomic
-from fastlm.data import DataError, TokenFile, Tokenizer, corpus, encode_to_file
+from fastlm.data import DataError, TokenFile, Tokenizer, clean, corpus, encode_to_file
+from fastlm.data.cleaning import check_steps
 
 TokenizerKind = Literal["bpe", "byte", "char", "word"]
 TOKENIZER_KINDS: tuple[TokenizerKind, ...] = ("bpe", "byte", "char", "word")
@@ -43,6 +44,7 @@ class DataOptions:
         valid: the same for validation text; None holds out the last `valid_fraction` of `data`, at most 10 MB.
         tokenizer: "bpe", "byte", "char" or "word", learnt from the training text alone; or a folder with a tokenizer.
         vocab_size: for bpe and word; None picks one by the length of the text.
+        clean: steps of `fastlm.data.CLEANING_STEPS`, applied to all text in this order.
     """
 
     data: str
@@ -50,6 +52,7 @@ class DataOptions:
     tokenizer: str = "bpe"
     vocab_size: int | None = None
     valid_fraction: float = 0.1
+    clean: tuple[str, ...] = ()
 
 
 def prepare(options: DataOptions, folder: str | Path, *, report: Callable[[str], None] | None = None) -> PreparedData:
@@ -61,6 +64,7 @@ def prepare(options: DataOptions, folder: str | Path, *, report: Callable[[str],
     folder, say = Path(folder), report or (lambda line: None)
     if not 0 < options.valid_fraction < 1:
         raise ValueError(f"valid_fraction: {options.valid_fraction}, expected between 0 and 1")
+    check_steps(options.clean)
     key = _key(options)
     known = _read_meta(folder)
     if options.data != "-" and known is not None and known["key"] == key:
@@ -71,12 +75,14 @@ def prepare(options: DataOptions, folder: str | Path, *, report: Callable[[str],
     if source == "-":
         source = str(folder / "stdin.txt")
         write_atomic(source, _spool_stdin)
-    total = sum(len(text.encode()) for text in corpus(source))
+    total = sum(len(text.encode()) for text in clean(corpus(source), options.clean))
+    if not total:
+        raise DataError(f"{options.data}: cleaning ({', '.join(options.clean)}) leaves no text")
     if options.valid is None:
         held_out = min(round(total * options.valid_fraction), _MAX_VALIDATION_BYTES)
-        parts = _Parts(source, total - held_out)
+        parts = _Parts(source, total - held_out, options.clean)
     else:
-        parts = _Parts(source, None)
+        parts = _Parts(source, None, options.clean)
     say(f"text: {_size(total)} from {options.data}")
     tokenizer = _tokenizer(options, parts, total, say)
     tokenizer.save(folder)
@@ -100,7 +106,9 @@ def prepare(options: DataOptions, folder: str | Path, *, report: Callable[[str],
         return file, found
 
     _, train_bytes = counted(parts.train(), "train")
-    _, valid_bytes = counted(corpus(options.valid) if options.valid is not None else parts.valid(), "valid")
+    _, valid_bytes = counted(
+        parts.valid() if options.valid is None else clean(corpus(options.valid), options.clean), "valid"
+    )
     meta = {"key": key, "train_bytes": train_bytes, "valid_bytes": valid_bytes, "options": asdict(options)}
     write_json_atomic(folder / "data.json", meta)
     return load(folder)
@@ -123,8 +131,8 @@ def load(folder: str | Path, *, cached: bool = False) -> PreparedData:
 class _Parts:
     """The text of a source up to about byte `boundary` and from there on; the cut is moved to the next line's start."""
 
-    def __init__(self, source: str, boundary: int | None):
-        self._source, self._boundary = source, boundary
+    def __init__(self, source: str, boundary: int | None, steps: tuple[str, ...] = ()):
+        self._source, self._steps, self._boundary = source, steps, boundary
 
     def train(self) -> Iterator[str]:
         return self._part(first=True)
@@ -134,7 +142,7 @@ class _Parts:
 
     def _part(self, first: bool) -> Iterator[str]:
         position = 0
-        for text in corpus(self._source):
+        for text in clean(corpus(self._source), self._steps):
             size = len(text.encode())
             if self._boundary is None or position + size <= self._boundary:
                 part = text if first else ""

@@ -141,11 +141,28 @@ def test_text_that_cannot_be_used(tmp_path: Path, content: bytes | None, message
         ({"tokenizer": "byte", "vocab_size": 300}, "vocab_size: 300, expected none"),
         ({"vocab_size": 10}, "vocab_size: 10"),
         ({"valid_fraction": 1.0}, "valid_fraction: 1.0"),
+        ({"clean": ("nfc", "bleach")}, "cleaning step 'bleach' is unknown; there are: strip_bom"),
     ],
 )
 def test_options_out_of_range(tmp_path: Path, text: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prepare(DataOptions(str(text), **options), tmp_path / "d")
+
+
+def test_text_is_cleaned_by_the_named_steps(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes("\ufeffFirst  Line\r\nCAFE\u0301\r\n".encode() * 20)
+    options = DataOptions(str(path), tokenizer="byte", clean=("strip_bom", "normalize_newlines", "nfc", "lowercase"))
+    prepared = prepare(options, tmp_path / "d")
+    ids = [*prepared.train.tokens, *prepared.valid.tokens]
+    text = prepared.tokenizer.decode(ids)
+    assert text.startswith("first  line\ncafé\n")
+    assert "\r" not in text
+    assert prepare(options, tmp_path / "d").cached
+    assert not prepare(DataOptions(str(path), tokenizer="byte"), tmp_path / "d").cached
+    path.write_text(" \n ")
+    with pytest.raises(DataError, match=r"text\.txt: cleaning \(collapse_whitespace\) leaves no text"):
+        prepare(DataOptions(str(path), tokenizer="byte", clean=("collapse_whitespace",)), tmp_path / "d")
 
 
 def test_damage_is_named(tmp_path: Path, text: Path) -> None:
