@@ -28,7 +28,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=tokenizer.vocab_size, context_length=64, num_layers=1, num_heads=2, hidden_size=16, dropout=0.0
     )
     folder = tmp_path_factory.mktemp("runs") / "random"
-    save_run(folder, GPT(config), tokenizer, {})
+    save_run(GPT(config), folder, tokenizer)
     return folder
 
 
