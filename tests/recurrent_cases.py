@@ -250,6 +250,7 @@ def cases(op: str) -> list[Case]:
         base,
         replace(base, steps=1, batch=1, hidden=33, width=17),
         replace(base, steps=1, batch=4, hidden=16, num_layers=2),
+        replace(base, steps=1, batch=2, hidden=9, batch_first=True, bias=False),
         replace(base, steps=9, batch=1, hidden=8),
         replace(base, bias=False, batch_first=True),
         replace(base, num_layers=3, bidirectional=True, hidden=19),
@@ -262,6 +263,7 @@ def cases(op: str) -> list[Case]:
     if op == "lstm":
         found += [
             replace(base, proj_size=3),
+            replace(base, proj_size=2, steps=1, bias=False),
             replace(base, proj_size=5, num_layers=2, bidirectional=True, hidden=18, batch_first=True),
             replace(base, proj_size=1, lengths=(4, 2, 2), bidirectional=True, bias=False),
         ]

@@ -87,9 +87,31 @@ def _cpu_layer(
 
 
 def _cpu_run(
-    input: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, *rest: Any
+    input: Tensor,
+    states: States,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    *rest: Any,
 ) -> tuple[Tensor, States]:
-    return sequence(_cpu_layer, input, states, weights, batch_sizes, *rest)
+    # One step of one layer, as when generating: the cell, past the loops, which cost as much as a small step itself.
+    if (
+        batch_sizes is None
+        and num_layers == 1
+        and not bidirectional
+        and input.shape[1 if batch_first else 0] == 1
+        and len(weights) % 2 == 0  # no projection
+        and not needs_grad(input, *states, *weights)
+    ):
+        h0, c0 = states
+        w_ih, w_hh, *biases = weights
+        b_ih, b_hh = biases or (None, None)
+        h, c = kernel.cell(input.flatten(0, 1), h0[0], c0[0], w_ih, w_hh, b_ih, b_hh)
+        output = h.clone().view(*input.shape[:2], -1)  # not the memory of h_n, which a caller may change
+        return output, (h.unsqueeze(0), c.unsqueeze(0))
+    return sequence(_cpu_layer, input, states, weights, batch_sizes, num_layers, bidirectional, batch_first, *rest)
 
 
 def _cpu_why_not(

@@ -138,12 +138,14 @@ class SequenceOp:
         proj_size: int,
     ) -> None:
         directions = 2 if bidirectional else 1
-        count = num_layers * directions * (2 + 2 * bias + (proj_size > 0))
+        count = num_layers * directions * (2 + 2 * bias + (proj_size != 0))
         if len(weights) != count:
             raise ValueError(f"{self.name}: weights has {len(weights)} tensors, expected {count}")
         rows = weights[0].shape[0]
         hidden = rows // self.gates
         width = input.shape[-1]
+        if proj_size and not 0 < proj_size < hidden:  # as in torch, whose operator tells projections by their sizes
+            raise ValueError(f"{self.name}: proj_size is {proj_size}, expected less than the hidden size, {hidden}")
         out = proj_size or hidden
         biases = ((rows,), (rows,)) if bias else ()
         projection = ((out, hidden),) if proj_size else ()

@@ -43,6 +43,16 @@ def test_agrees_on_any_shape(case: Case) -> None:
 class TestLSTM(SequenceSuite):
     op = "lstm"
 
+    def test_refuses_a_projection_that_is_not_smaller(self) -> None:
+        case = Case(proj_size=7)
+        with pytest.raises(ValueError, match="^lstm: proj_size is 7, expected less than the hidden size, 7"):
+            call(case, make_inputs(case))
+
+    def test_refuses_a_dropout_that_is_no_probability(self) -> None:
+        inputs = make_inputs(Case())
+        with pytest.raises(ValueError, match="^lstm: dropout is 1.5"):
+            ops.lstm(inputs.input, tuple(inputs.states), inputs.weights, dropout=1.5, training=True)
+
 
 class TestLSTMCell(CellSuite):
     op, gates, states = "lstm_cell", 4, 2
