@@ -19,7 +19,9 @@ def evaluate(
     ],
     model: ModelOption = "smollm2-135m",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    block: Annotated[int | None, typer.Option(min=1, help="Tokens a window. Default: the context length.")] = None,
+    block: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a window. Default: the context, at most 1024.")
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens between windows; smaller: more context, slower. Default: half.")
     ] = None,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 TokenSource: TypeAlias = TokenFile | np.ndarray | Tensor | Sequence[int]
 """Token ids in the order of the text, [N]."""
 
+# A context of 8,192 takes gigabytes of attention weights, and changes the figure little.
+_MAX_DEFAULT_BLOCK = 1024
+_WINDOW_TOKENS = 4096
 _NGRAM_CHUNK = 1 << 16
 
 
@@ -77,9 +80,10 @@ def evaluate(
     Args:
         model: put into `eval()` mode while it is evaluated.
         tokens: ids in the order of the text.
-        block: tokens a window predicts; default: the context length, or 256 for a recurrent model.
+        block: tokens a window predicts; default: the context length, at most 1024, or 256 for a recurrent model.
         stride: default: half of `block`. Smaller is slower and closer to full context. Recurrent models need none.
-        batch: windows (default 8; no effect on the result) or streams (default 1, the exact value) at a time.
+        batch: windows (default: 4096 tokens; no effect on the result) or streams (default 1, the exact value) at a
+            time.
         max_batches: stop early, after so many batches, always the same ones.
         byte_count: UTF-8 bytes of the scored text. Default: counted with the tokenizer, which is exact unless the
             tokenizer drops or replaces characters.
@@ -120,7 +124,7 @@ def _scores(
     context = model.config.context_length
     if context is not None and block is not None and block > context:
         raise ValueError(f"block: {block}, expected at most the model's context length ({context})")
-    block = block or context or 256
+    block = block or (256 if context is None else min(context, _MAX_DEFAULT_BLOCK))
     stride = stride or (block + 1) // 2
     if stride > block:
         raise ValueError(f"stride: {stride}, expected at most block ({block}): more would leave tokens out")
@@ -130,7 +134,7 @@ def _scores(
         assert isinstance(state, RecurrentState)
         batches = _streams(tokens, block, state.rows)
     else:
-        batches = _windows(tokens, block, stride, batch or 8)
+        batches = _windows(tokens, block, stride, batch or max(1, _WINDOW_TOKENS // block))
     training = model.training
     model.eval()
     try:

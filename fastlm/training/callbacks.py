@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ StopReason = Literal["max_steps", "time_limit", "early_stopping", "interrupted"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimiser step. `step` counts from 1; `loss` is in nats per token; `seconds` is training time so far."""
+    """One optimiser step. `step` counts from 1; `loss` is in nats per token; `grad_norm` is before clipping, infinite
+    where float16 overflowed and the step was skipped; `seconds` is training time so far."""
 
     step: int
     loss: float
@@ -25,7 +27,8 @@ class StepRecord:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which knows no infinity: there `grad_norm` is None."""
+        return {**asdict(self), "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None}
 
 
 @dataclass(frozen=True)

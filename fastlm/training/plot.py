@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastlm.checkpoints.atomic import write_atomic
@@ -11,14 +11,21 @@ from fastlm.training.log import read_log
 LOG_NAME = "log.jsonl"
 
 
-def smoothed(values: Iterable[float], decay: float = 0.98) -> list[float]:
+class MovingAverage:
     """The exponential moving average, corrected for its start as in Adam (Kingma and Ba 2015, section 3)."""
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append(average / weight)
-    return result
+
+    def __init__(self, decay: float = 0.98):
+        self._decay, self._sum, self._weight = decay, 0.0, 0.0
+
+    def add(self, value: float) -> float:
+        """Takes a value in and returns the average."""
+        self._sum = self._decay * self._sum + (1 - self._decay) * value
+        self._weight = self._decay * self._weight + (1 - self._decay)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight
 
 
 def plot_losses(
@@ -50,7 +57,8 @@ def plot_losses(
             raise ValueError(f"{path}: no training steps to plot")
         color = f"C{index}"
         label = f"{name}, " if len(runs) > 1 else ""
-        smooth = smoothed(loss for _, loss in steps)
+        average = MovingAverage()
+        smooth = [average.add(loss) for _, loss in steps]
         axes.plot(*_columns(steps), color=color, alpha=0.2, linewidth=0.8, label=f"{label}training")
         axes.plot([step for step, _ in steps], smooth, color=color, linewidth=1.6, label=f"{label}training, smoothed")
         if valid:

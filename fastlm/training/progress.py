@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from fastlm.training.callbacks import Callback, EvalRecord, StepRecord
+from fastlm.training.plot import MovingAverage
 
 if TYPE_CHECKING:
     from fastlm.training.trainer import Trainer
@@ -31,14 +32,14 @@ class ProgressBar(Callback):
         self._label = label
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._average = 0.0
-        self._weight = 0.0
+        self._loss = MovingAverage(0.98)
+        self._speed = MovingAverage(0.8)
         self._start_step = 0
         self._begin = 0.0
         self._last_line = 0.0
 
     def on_start(self, trainer: Trainer) -> None:
-        self._average = self._weight = 0.0
+        self._loss, self._speed = MovingAverage(0.98), MovingAverage(0.8)
         self._start_step, self._begin = trainer.step, time.monotonic()
         self._last_line = self._begin
         if self._console.is_terminal:
@@ -52,14 +53,14 @@ class ProgressBar(Callback):
 
     def on_steps(self, trainer: Trainer, records: Sequence[StepRecord]) -> None:
         for record in records:
-            self._average = 0.98 * self._average + 0.02 * record.loss
-            self._weight = 0.98 * self._weight + 0.02
+            self._loss.add(record.loss)
         last = records[-1]
+        self._speed.add(last.tokens_per_second)
         total = trainer.total_steps
         place = f"{last.step}/{total}" if total else f"{last.step}"
         text = (
-            f"{place} · loss {last.loss:.3f} (mean {self._average / self._weight:.3f})"
-            f" · {_count(last.tokens_per_second)} tokens/s · lr {last.lr:.2e} · {self._left(trainer)} left"
+            f"{place} · loss {last.loss:.3f} (mean {self._loss.value:.3f})"
+            f" · {_count(self._speed.value)} tokens/s · lr {last.lr:.2e} · {self._left(trainer)} left"
         )
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=last.step, text=text)

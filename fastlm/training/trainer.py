@@ -30,7 +30,7 @@ from fastlm.training.log import JsonlLog
 from fastlm.training.plot import LOG_NAME
 
 _DRAIN_SECONDS = 0.25
-_FIXED_ON_RESUME = ("optimizer", "batch_size", "block_length", "accumulation", "seed")
+_FIXED_ON_RESUME = ("optimizer", "batch_size", "block_length", "accumulation", "seed", "precision")
 
 
 class NonFiniteError(RuntimeError):

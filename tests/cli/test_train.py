@@ -62,7 +62,9 @@ def test_train_leaves_a_model_a_curve_and_a_comparison(
 def test_resume_goes_on_where_it_stopped(fastlm_command: Command, tmp_path: Path, text: Path) -> None:
     run = tmp_path / "run"
     arguments = ("train", "--data", str(text), "--model", "lstm", "--out", str(run), *SMALL)
-    assert fastlm_command(*arguments).code == 0
+    nothing = fastlm_command("train", "--out", str(run), "--resume")
+    assert nothing.code == 2 and "--data" in nothing.err
+    assert fastlm_command(*arguments, "--resume").code == 0, "nothing to resume: it starts"
     again = fastlm_command(*arguments)
     assert again.code == 1 and "already holds a run; add --resume" in again.err
     other = fastlm_command("train", "--out", str(run), "--resume", "--model", "gru")

@@ -15,7 +15,7 @@ from rich.console import Console
 from fastlm.training.callbacks import EvalRecord, StepRecord
 from fastlm.training.config import TrainingConfig
 from fastlm.training.log import JsonlLog, TensorBoardLog, read_log
-from fastlm.training.plot import plot_losses, smoothed
+from fastlm.training.plot import MovingAverage, plot_losses
 from fastlm.training.progress import ProgressBar
 
 
@@ -66,6 +66,10 @@ def test_resuming_drops_what_lies_beyond_the_step_and_a_torn_line(tmp_path: Path
     assert records[-1]["loss"] == 9.0
 
 
+def test_infinity_is_null_in_json() -> None:
+    assert StepRecord(1, 2.0, 1e-3, float("inf"), 1.0, 1.0).to_dict()["grad_norm"] is None
+
+
 def test_a_fresh_run_starts_a_fresh_log(tmp_path: Path) -> None:
     _fill(tmp_path / "log.jsonl")
     log = JsonlLog(tmp_path / "log.jsonl")
@@ -83,8 +87,10 @@ def test_a_foreign_line_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_smoothing_of_a_constant_is_the_constant() -> None:
-    assert smoothed([3.0] * 50) == pytest.approx([3.0] * 50)
-    assert smoothed([1.0, 2.0], decay=0.5) == pytest.approx([1.0, (0.25 * 1 + 0.5 * 2) / 0.75])
+    average = MovingAverage()
+    assert [average.add(3.0) for _ in range(50)] == pytest.approx([3.0] * 50)
+    average = MovingAverage(decay=0.5)
+    assert [average.add(1.0), average.add(2.0)] == pytest.approx([1.0, (0.25 * 1 + 0.5 * 2) / 0.75])
 
 
 def test_curves_of_several_runs_in_one_picture(tmp_path: Path) -> None:
