@@ -42,7 +42,7 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
     if native.CPU.module is None:
         return native.CPU.error
     dense = None if isinstance(weight, QuantizedTensor) else weight
-    if input.device.type != "cpu" or weight.device.type != "cpu":
+    if not (input.is_cpu and weight.is_cpu):
         return f"input is on {input.device}, weight on {weight.device}"
     if input.dtype not in _NARROW:
         return f"input is {input.dtype}"
@@ -175,15 +175,15 @@ def linear(
     Raises:
         ValueError: a shape does not fit, the input is not floating, or `compute` is unknown.
     """
-    if len(weight.shape) != 2:
-        raise ValueError(f"linear: weight is {list(weight.shape)}, expected [outputs, inputs]")
-    if input.dim() == 0 or input.shape[-1] != weight.shape[-1] or not input.is_floating_point():
+    shape = weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"linear: weight is {list(shape)}, expected [outputs, inputs]")
+    if input.shape[-1:] != shape[1:] or not input.is_floating_point():
         raise ValueError(
-            f"linear: input is {describe(input)}, expected floats [..., {weight.shape[-1]}] "
-            f"for a weight of {list(weight.shape)}"
+            f"linear: input is {describe(input)}, expected floats [..., {shape[1]}] for a weight of {list(shape)}"
         )
     if bias is not None:
-        expect_shape("linear", "bias", bias, (weight.shape[0],))
+        expect_shape("linear", "bias", bias, (shape[0],))
     if compute not in COMPUTE:
         raise ValueError(f"linear: compute is {compute!r}, expected 'fast' or 'exact'")
     if tracing():

@@ -113,7 +113,7 @@ class QuantizedTensor:
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"QuantizedTensor.rows: ids are {describe(ids)}, expected integers")
         count, columns = self.shape
-        if self._native() and ids.device.type == "cpu":
+        if self._native() and ids.is_cpu:
             flat = ids.reshape(-1).to(torch.int64)
             output = torch.empty(flat.shape[0], columns)
             bad = kernel.dequantize_rows(self.data, self.code, count, output, ids=flat)
@@ -126,7 +126,7 @@ class QuantizedTensor:
         return dequantize(self.data[ids.long()], self.kind)
 
     def _native(self) -> bool:
-        return native.CPU.module is not None and self.data.device.type == "cpu" and not tracing()
+        return native.CPU.module is not None and self.data.is_cpu and not tracing()
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """On `device`; itself where it is there already."""
@@ -137,6 +137,11 @@ class QuantizedTensor:
     def device(self) -> torch.device:
         """Where the bytes are."""
         return self.data.device
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the bytes are in the CPU's memory."""
+        return self.data.is_cpu
 
     @property
     def nbytes(self) -> int:

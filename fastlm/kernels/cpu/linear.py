@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from fastlm.kernels import native
 __all__ = ["dequantize_rows", "linear"]
 
 BLOCK = 32
+_local = threading.local()
 
 
 def linear(input: Tensor, weight: Tensor, code: int, outputs: int, bias: Tensor | None, *, integer: bool) -> Tensor:
@@ -26,20 +29,20 @@ def linear(input: Tensor, weight: Tensor, code: int, outputs: int, bias: Tensor 
     Returns:
         [..., N] in the input's dtype.
     """
-    columns = input.shape[-1]
+    shape = input.shape
+    columns = shape[-1]
     dtype = input.dtype
     x = input if dtype == torch.float32 and input.is_contiguous() else input.float().contiguous()
     b = bias if bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()) else bias.float().contiguous()
-    output = torch.empty((*input.shape[:-1], outputs))
+    output = torch.empty((*shape[:-1], outputs))
     rows = output.numel() // outputs if outputs else 0
     module = native.CPU.require()
-    scratch = torch.empty(rows * columns // BLOCK * module.INPUT_BLOCK_BYTES, dtype=torch.uint8) if integer else None
     module.linear(
         x.data_ptr(),
         weight.data_ptr(),
         0 if b is None else b.data_ptr(),
         output.data_ptr(),
-        0 if scratch is None else scratch.data_ptr(),
+        _scratch(rows * columns // BLOCK * module.INPUT_BLOCK_BYTES) if integer else 0,
         rows,
         outputs,
         columns,
@@ -47,6 +50,14 @@ def linear(input: Tensor, weight: Tensor, code: int, outputs: int, bias: Tensor 
         native.num_threads(),
     )
     return output if dtype == torch.float32 else output.to(dtype)
+
+
+def _scratch(size: int) -> int:
+    """The address of `size` bytes that are this thread's until its next call: a decode step has hundreds of calls."""
+    held: Tensor | None = getattr(_local, "scratch", None)
+    if held is None or held.numel() < size:
+        held = _local.scratch = torch.empty(max(size, 1 << 16), dtype=torch.uint8)
+    return held.data_ptr()
 
 
 def dequantize_rows(
