@@ -19,9 +19,10 @@ __all__ = ["linear"]
 
 COMPUTE = ("fast", "exact")
 
-FEW_ROWS = 16
-"""Up to so many rows of input the native kernel is used: each weight is read once and the bus is the limit. Beyond,
-a matrix product does more arithmetic per weight and wins, its expansion of the weight included."""
+FEW_ROWS, FEW_ROWS_INTEGER = 12, 128
+"""Up to so many rows of input the native kernel is used, with float32 and with integer products: each weight is read
+once and the memory bus is the limit. Beyond, a float32 matrix product does more arithmetic per weight and wins, its
+expansion of the weight included (and it is exact, `compute="fast"` or not)."""
 
 EXPANDED = 1 << 20
 """Weights expanded to float32 at a time for a matrix product: 4 MB, which stays in the cache."""
@@ -31,9 +32,13 @@ _INTEGER_KINDS = frozenset(kind.name for kind in KINDS.values() if kind.dtype is
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _integer(weight: Tensor | QuantizedTensor, compute: str) -> bool:
+    return compute == "fast" and isinstance(weight, QuantizedTensor) and weight.kind in _INTEGER_KINDS
+
+
 def _cpu_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
     if isinstance(weight, QuantizedTensor):
-        integer = compute == "fast" and weight.kind in _INTEGER_KINDS
+        integer = _integer(weight, compute)
         return kernel.linear(input, weight.data, weight.code, weight.shape[0], bias, integer=integer)
     return kernel.linear(input, weight, _CODES[weight.dtype], weight.shape[0], bias, integer=False)
 
@@ -51,8 +56,9 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
     if needs_grad(input, bias, dense):
         return "a gradient is wanted"
     rows = input.numel() // max(input.shape[-1], 1)
-    if rows > FEW_ROWS and forced_backend() != "cpu":
-        return f"{rows} rows: a matrix product is quicker beyond {FEW_ROWS}"
+    few = FEW_ROWS_INTEGER if _integer(weight, compute) else FEW_ROWS
+    if rows > few and forced_backend() != "cpu":
+        return f"{rows} rows: a matrix product is quicker beyond {few}"
     return None
 
 
@@ -166,8 +172,8 @@ def linear(
         weight: [N, K], dense or quantised. Its dtype may differ from the input's.
         bias: [N] or None.
         compute: for the Q kinds. "exact" multiplies the input with the dequantised weights and sums in float32.
-            "fast" may round the input to int8 by blocks of 32, where integer products pay
-            (`fastlm.reference.linear.quantize_activations`).
+            "fast" may round the input to int8 by blocks of 32, where integer products pay: with up to
+            `FEW_ROWS_INTEGER` rows on the CPU (`fastlm.reference.linear.quantize_activations`).
 
     Returns:
         [..., N] in the input's dtype.

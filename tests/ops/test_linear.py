@@ -214,9 +214,10 @@ def test_planted_faults_fail_the_comparison(kind: str, compute: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_many_rows_go_through_a_matrix_product(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EXPANDED", 64 * 10)  # several expansions, the last one shorter
-    weight, x, bias = weight_of(kind, 33, 64), torch.randn(2, 40, 64).to(dtype), torch.randn(33)
+    rows = module.FEW_ROWS_INTEGER
+    weight, x, bias = weight_of(kind, 33, 64), torch.randn(2, rows, 64).to(dtype), torch.randn(33)
     y = ops.linear(x, weight, bias)
-    assert y.dtype == dtype and y.shape == (2, 40, 33)
+    assert y.dtype == dtype and y.shape == (2, rows, 33)
     assert ops.explain("linear", x, weight, bias).chosen == "torch"
     same = reference.quantized_linear(x, weight.data, kind, bias, "exact")
     ref64 = reference.quantized_linear(x.double(), weight.data, kind, bias, "exact")
@@ -244,8 +245,10 @@ def test_the_choice_is_explained() -> None:
     def chosen(x: Tensor, w: Tensor | QuantizedTensor = weight) -> str | None:
         return ops.explain("linear", x, w).chosen
 
-    few, many = torch.randn(module.FEW_ROWS, 64), torch.randn(module.FEW_ROWS + 1, 64)
-    assert chosen(few) == "cpu" and chosen(many) == "torch"
+    few, many = torch.randn(module.FEW_ROWS, 64), torch.randn(module.FEW_ROWS_INTEGER + 1, 64)
+    assert chosen(few) == "cpu" and chosen(many[1:]) == "cpu" and chosen(many) == "torch"
+    assert ops.explain("linear", few, weight, compute="exact").chosen == "cpu"
+    assert ops.explain("linear", many[: len(few) + 1], weight, compute="exact").chosen == "torch"
     assert "a matrix product is quicker beyond" in str(ops.explain("linear", many, weight))
     assert chosen(few.requires_grad_()) == "reference"
     assert chosen(few.detach().double()) == "reference"
