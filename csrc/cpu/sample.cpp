@@ -3,7 +3,8 @@
 // A row costs one pass for the maximum and one for the weights and their sums by group; a draw walks the group sums
 // and one group. top_p is decided by rejection: one pass sums the weights ahead of the drawn token, and where that
 // refuses the token, the same sums serve the next draw. top_k first shrinks the row to its k candidates, found with
-// the help of the groups' maxima. All sums are of integers, so that neither the lanes nor the threads matter.
+// the help of the groups' maxima. All sums are of integers, so that neither the lanes nor the threads matter; and this file is
+// compiled without fused multiply-adds, so that every level rounds alike.
 //
 // Threads share the rows. To share one row between them was tried and lost: at 50,000 tokens a pass takes less time
 // than the threads take to meet.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -212,6 +213,20 @@ def test_thousands_of_draws_at_any_batch_size_and_thread_count(isa: str) -> None
                         assert torch.equal(ops.sample(x, position=position, **options), expected)
                 alone = [ops.sample(x[row : row + 1], sequence=row, position=position, **options) for row in range(64)]
             assert torch.equal(torch.cat(alone), expected)
+
+
+@needs_native
+def test_python_threads_do_not_share_scratch() -> None:
+    x = torch.randn(1, 5000)
+    history = torch.randint(0, 5000, (1, 50))
+
+    def draw(position: int) -> int:
+        options = {"top_k": 300 if position % 2 else 0, "history": history, "frequency_penalty": 0.5}
+        return int(ops.sample(x, position=position, top_p=0.9, **options))
+
+    expected = [draw(position) for position in range(400)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(draw, range(400))) == expected
 
 
 # A last bit that differs would change a token too rarely to be seen in draws. These make it decide.
