@@ -244,7 +244,7 @@ class Tokenizer:
         """The text's token ids.
 
         Args:
-            text: bytes are UTF-8; each invalid byte becomes U+FFFD, as in llama.cpp (the byte kind keeps it as it is).
+            text: bytes are UTF-8; each invalid byte becomes U+FFFD, as in llama.cpp's BPE (the byte kind keeps it).
             add_special_tokens: put the tokens around the text that the model expects (often a bos, often nothing).
             parse_special: "<|im_end|>" and the like in `text` become control tokens. Never for text from strangers.
 

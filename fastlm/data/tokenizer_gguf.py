@@ -157,7 +157,11 @@ def _byte_level(vocab: dict[str, int], merges: Any, pre: str) -> tokenizers.Toke
 def _sentencepiece(
     vocab: dict[str, int], types: list[int], scores: list[float], space_prefix: bool
 ) -> tokenizers.Tokenizer:
-    """Sentencepiece's BPE joins the neighbours that make the token of the highest score: merges in order of score."""
+    """Sentencepiece's BPE joins the neighbours that make the token of the highest score: merges in order of score.
+
+    Of two tokens with the same score sentencepiece makes the one further left first, and this, like Hugging Face's
+    conversion, always the same one; the models' vocabularies rank their tokens without ties.
+    """
     plain = {token: id for token, id in vocab.items() if types[id] in (_NORMAL, _USER_DEFINED)}
     merges = []
     for token, id in plain.items():

@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import threading
+import types
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -260,6 +261,28 @@ def test_credentials_are_used(server: Server, monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password p@ss")
     monkeypatch.setattr(package_index.netrc, "netrc", functools.partial(netrc.netrc, str(tmp_path / "netrc")))
     assert pull("tiny").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("served", [CONTENT, CONTENT[:-1] + b"x"], ids=["right", "wrong"])
+def test_the_hub_is_the_last_resort(server: Server, monkeypatch: pytest.MonkeyPatch, served: bytes) -> None:
+    asked = []
+
+    def hf_hub_download(repository: str, filename: str, *, revision: str, local_dir: Path) -> str:
+        asked.append((repository, filename, revision))
+        local_dir.mkdir(parents=True)
+        (local_dir / filename).write_bytes(served)
+        return str(local_dir / filename)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
+    server.kind = "nothing"
+    if served == CONTENT:
+        assert pull("tiny").read_bytes() == CONTENT
+    else:
+        with pytest.raises(PullError, match=r"(?s)does not list .*weights\.bin: its SHA-256 is"):
+            pull("tiny")
+        assert cached("tiny") is None
+    assert asked == [("nobody/nothing", "weights.bin", "0")]
+    assert not (cache_dir() / "downloads" / "hub").exists() or served != CONTENT
 
 
 def test_full_disk_is_named_and_the_part_stays(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

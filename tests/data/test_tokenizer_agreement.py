@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,26 @@ def test_sentencepiece_agrees_with_llama_cpp(prefix: bool, sentencepiece: dict[s
     assert (ours.eos_id, ours.unk_id, ours.adds_bos) == (2, 0, True)
     assert ours.stop_ids == {2, ours.encode("<|im_end|>", parse_special=True)[-1]}
     assert ours.token_bytes(ours.encode("☃")[-1]) == "☃".encode()[-1:]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_sentencepiece_vocabularies_agree_with_llama_cpp(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    letters = "abcd\u2581é"
+    pieces = set(letters)
+    while len(pieces) < 40:  # overlapping, so that the order of merging decides
+        pieces.add("".join(rng.choices(letters, k=rng.randint(2, 6))))
+    order = rng.sample(sorted(pieces), len(pieces))
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *order],
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(rank) for rank in range(len(order))],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(order),
+    }
+    ours, theirs = Tokenizer.from_gguf(metadata), LlamaCpp(write_gguf(tmp_path / "a.gguf", metadata))
+    for _ in range(200):
+        text = "".join(rng.choices("abcd é☃", k=rng.randint(0, 14)))
+        assert ours.encode(text) == theirs.encode(text), text
 
 
 def test_gguf_tokenizers_survive_saving(bpe: dict[str, Any], sentencepiece: dict[str, Any], tmp_path: Path) -> None:
