@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autograd_by_reference", "tracing"]
+__all__ = ["autograd_by_reference", "needs_grad", "tracing"]
 
 
 def tracing() -> bool:

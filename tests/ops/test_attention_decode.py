@@ -55,7 +55,8 @@ def _exact(args: tuple[Tensor, ...], options: dict[str, Any], dtype: torch.dtype
 def compare(decode: Decode, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
     """The comparison of this suite, which every planted fault must turn red."""
     single = _exact(args, options, torch.float32)
-    assert_close_to_reference(decode(*args, **options), single, _exact(args, options))
+    # The floor: at the baseline's four lanes a head of 256 is summed in chains of 64, BLAS's own are shorter.
+    assert_close_to_reference(decode(*args, **options), single, _exact(args, options), floor=3e-6)
 
 
 def _native(*args: Any, **options: Any) -> Tensor:
@@ -92,7 +93,7 @@ def test_native_agrees_with_the_formula(isa: str, data: st.DataObject) -> None:
         window=data.draw(st.sampled_from([None, 1, 17, 255, 256, 257])),
         softcap=data.draw(st.sampled_from([None, 2.0])),
         alibi_slopes=slopes,
-        scale=data.draw(st.sampled_from([None, 1.0])),
+        scale=data.draw(st.sampled_from([None, 0.3])),
     )
     compare(_native, args, options)
 
