@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from fastlm.training import resume as checkpoint_files
 from fastlm.training.batches import CarriedBlocks, RandomBlocks
 from fastlm.training.callbacks import Callback, EvalRecord, StepRecord, StopReason, TrainingResult
 from fastlm.training.config import TrainingConfig
+from fastlm.training.interrupt import InterruptGuard
 from fastlm.training.log import JsonlLog
 from fastlm.training.plot import LOG_NAME
 
@@ -106,7 +104,8 @@ class Trainer:
             if self.carry_state
             else RandomBlocks(self._train_tokens, config, self.device)
         )
-        self.precision = precision.choose(config.precision, self.device, recurrent=recurrent)
+        width = None if recurrent else getattr(model.config, "hidden_size", None)
+        self.precision = precision.choose(config.precision, self.device, width=width)
         self.optimizer = optimisation.build_optimizer(model, config)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.total_steps = config.total_steps(len(self._train_tokens))
@@ -122,7 +121,7 @@ class Trainer:
         self._drained_at = 0.0
         self._log = None if self.folder is None else JsonlLog(self.folder / LOG_NAME)
         self._callbacks: list[Callback] = [*([self._log] if self._log else []), *callbacks]
-        self._guard = _InterruptGuard()
+        self._guard = InterruptGuard()
 
     @property
     def seconds(self) -> float:
@@ -156,17 +155,18 @@ class Trainer:
             try:
                 self._began = self._drained_at = time.monotonic()
                 self._each("on_start", self)
-                while (reason := self._reason_to_stop()) is None:
+                reason = self._reason_to_stop()
+                while reason is None:
                     self._train_step()
-                    ends = self._reason_to_stop()
+                    # Asked once: a Ctrl-C or time limit a moment later must not end the run without a checkpoint.
+                    reason = self._reason_to_stop()
                     if time.monotonic() - self._drained_at > _DRAIN_SECONDS:
                         self._drain()
-                    # An interrupted run stops as an uninterrupted one would pause: no evaluation out of turn.
-                    if self._due(self.config.eval_interval, ends):
+                    # An interrupted run is one that pauses: it has no evaluation out of turn.
+                    if self.step % self.config.eval_interval == 0 or reason in ("max_steps", "time_limit"):
                         self._evaluate()
-                    if self._due(self.config.checkpoint_interval or self.config.eval_interval, ends) or (
-                        self._reason_to_stop() is not None
-                    ):
+                        reason = reason or self._reason_to_stop()
+                    if self.step % (self.config.checkpoint_interval or self.config.eval_interval) == 0 or reason:
                         checkpoint = self._checkpoint()
             finally:
                 self._resumed_seconds, self._began = self.seconds, None
@@ -200,7 +200,13 @@ class Trainer:
         found = checkpoint_files.checkpoints(run)
         if not found:
             raise CheckpointError(run / checkpoint_files.FOLDER, "no checkpoint to resume from")
-        source = found[-1]
+        try:
+            self._restore(found[-1])
+        except KeyError as error:
+            raise CheckpointError(found[-1], f"{error.args[0]!r} is missing") from error
+        return self
+
+    def _restore(self, source: Path) -> None:
         snapshot = checkpoint_files.read(source)
         meta, name = snapshot.meta, str(source / checkpoint_files.TENSORS)
         for field in _FIXED_ON_RESUME:
@@ -229,7 +235,7 @@ class Trainer:
         self._scaler.load_state_dict(meta["scaler"])
         self.step, self._resumed_seconds = snapshot.step, meta["seconds"]
         self.best_loss, self.best_step, self._since_best = meta["best_loss"], meta["best_step"], meta["since_best"]
-        return self
+        self._pending.clear()
 
     def _train_step(self) -> None:
         self.model.train()
@@ -300,8 +306,7 @@ class Trainer:
         if self.folder is None:
             return None
         # Gradients may be finite and the update not; a checkpoint of such weights would replace a good one.
-        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()], float("inf"))
-        if not torch.isfinite(torch.stack([norm.double() for norm in norms])).all():
+        if not torch.stack([torch.isfinite(p).all() for p in self.model.parameters()]).all():
             self._fail_non_finite(f"step {self.step}: a weight is NaN or infinite")
         if self._log is not None:
             self._log.sync()
@@ -351,9 +356,6 @@ class Trainer:
             return "time_limit"
         return "interrupted" if self._guard.interrupted else None
 
-    def _due(self, interval: int, ends: StopReason | None) -> bool:
-        return self.step % interval == 0 or ends in ("max_steps", "time_limit")
-
     def _fail_non_finite(self, what: str) -> None:
         kept = checkpoint_files.checkpoints(self.folder) if self.folder is not None else []
         state = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
@@ -362,29 +364,6 @@ class Trainer:
     def _each(self, event: str, *arguments: object) -> None:
         for callback in self._callbacks:
             getattr(callback, event)(*arguments)
-
-
-class _InterruptGuard:
-    """Within it, the first Ctrl-C sets `interrupted` and the second raises `KeyboardInterrupt`."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        self.interrupted = False
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            self._before = signal.signal(signal.SIGINT, self._handle)
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
 
 
 def _device(name: str) -> torch.device:

@@ -76,20 +76,21 @@ def test_options_that_do_not_fit_are_named(model: str, options: dict[str, Any], 
 
 def test_automatic_precision_is_bfloat16_only_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    for fast, recurrent, expected in (
-        (True, False, "bfloat16"),
-        (True, True, "float32"),
-        (False, False, "float32"),
+    for fast, width, expected in (
+        (True, 768, "bfloat16"),
+        (True, 128, "float32"),
+        (True, None, "float32"),
+        (False, 768, "float32"),
     ):
         monkeypatch.setattr(precision, "cpu_has_fast_bfloat16", lambda fast=fast: fast)
-        assert precision.choose("auto", cpu, recurrent=recurrent) == expected
-    assert precision.choose("bfloat16", cpu) == "bfloat16"
+        assert precision.choose("auto", cpu, width=width) == expected
+    assert precision.choose("bfloat16", cpu, width=None) == "bfloat16"
 
 
 def test_automatic_precision_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for native, expected in ((True, "bfloat16"), (False, "float16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        assert precision.choose("auto", torch.device("cuda")) == expected
+        assert precision.choose("auto", torch.device("cuda"), width=128) == expected
 
 
 def test_the_probe_of_the_cpu_agrees_with_the_system() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -41,6 +42,7 @@ def _crash_and_resume(kind: str, folder: Path, **config: Any) -> list[tuple[Any,
     ("kind", "config"),
     [
         ("gpt", {}),
+        ("gpt", {"precision": "bfloat16"}),
         ("gpt", {"optimizer": "sgd", "nesterov": True, "accumulation": 2}),
         ("lstm", {}),
         ("lstm", {"accumulation": 2, "clip_norm": None}),
@@ -98,6 +100,16 @@ def test_what_must_not_change_is_named(tmp_path: Path) -> None:
     config = tiny_trainer("lstm").config
     with pytest.raises(ValueError, match=r"^data: .*tokens, crc"):
         Trainer(tiny_model("lstm"), markov_text(700, seed=9), None, config, tmp_path).resume()
+
+
+def test_a_checkpoint_that_lacks_something_is_named(tmp_path: Path) -> None:
+    tiny_trainer("gpt", tmp_path, max_steps=5).train()
+    path = resume.checkpoints(tmp_path)[-1] / resume.META
+    meta = json.loads(path.read_text())
+    del meta["best_loss"]
+    path.write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match=r"step-00000005: 'best_loss' is missing"):
+        tiny_trainer("gpt", tmp_path).resume()
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:

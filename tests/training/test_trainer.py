@@ -233,6 +233,28 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on_as_if_nothing_was(tmp_pa
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+@pytest.mark.parametrize("moment", ["steps", "evaluation", "checkpoint"])
+def test_ctrl_c_at_any_moment_leaves_a_checkpoint_of_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    class Press(Callback):
+        pressed = False
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == f"on_{moment}" and not Press.pressed:
+                Press.pressed = True
+                signal.raise_signal(signal.SIGINT)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(trainer, "_DRAIN_SECONDS", 0.0)
+    with pytest.raises(TrainingInterrupted) as stop:
+        tiny_trainer("gpt", tmp_path, Press()).train()
+    steps = stop.value.result.steps
+    assert 1 <= steps <= 6
+    assert stop.value.checkpoint is not None and resume.read(stop.value.checkpoint).step == steps
+    assert [r["step"] for r in read_log(tmp_path / "log.jsonl") if "loss" in r] == list(range(1, steps + 1))
+
+
 def test_a_second_ctrl_c_aborts(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt) as stop:
         tiny_trainer("gpt", tmp_path, _Press(2)).train()
