@@ -352,6 +352,17 @@ def test_compiles_without_a_graph_break(name: str) -> None:
         torch.testing.assert_close(compiled(x), ours(x))
 
 
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_packed_input_compiles_without_a_graph_break(is_sorted: bool) -> None:
+    torch._dynamo.reset()
+    ours, _ = pair("LSTM", 5, 6, num_layers=2, bidirectional=True)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for lengths in ((4, 3, 1), (5, 2, 2, 2)):
+        packed = pack_sequence([torch.randn(length, 5) for length in lengths], enforce_sorted=is_sorted)
+        for a, b in zip(leaves(compiled(packed)), leaves(ours(packed)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_dropout_compiled_is_the_same_in_forward_and_backward() -> None:
     """The derivative along a direction, from differences under one seed, equals the gradient's."""
     torch._dynamo.reset()

@@ -45,12 +45,12 @@ class TestLSTM(SequenceSuite):
 
     def test_refuses_a_projection_that_is_not_smaller(self) -> None:
         case = Case(proj_size=7)
-        with pytest.raises(ValueError, match="^lstm: proj_size is 7, expected less than the hidden size, 7"):
+        with pytest.raises(ValueError, match=r"^lstm: proj_size is 7, expected less than the hidden size, 7"):
             call(case, make_inputs(case))
 
     def test_refuses_a_dropout_that_is_no_probability(self) -> None:
         inputs = make_inputs(Case())
-        with pytest.raises(ValueError, match="^lstm: dropout is 1.5"):
+        with pytest.raises(ValueError, match=r"^lstm: dropout is 1\.5"):
             ops.lstm(inputs.input, tuple(inputs.states), inputs.weights, dropout=1.5, training=True)
 
 
