@@ -129,6 +129,15 @@ class SequenceSuite:
         with pytest.raises(ValueError, match=f"^{self.op}: {message}"):
             call(case, inputs)
 
+    def test_refuses_no_layers_and_states_of_other_dimensions(self) -> None:
+        inputs = make_inputs(Case(op=self.op))
+        with pytest.raises(ValueError, match=f"^{self.op}: num_layers is 0, expected at least 1"):
+            call(Case(op=self.op, num_layers=0), inputs)
+        packed = make_inputs(Case(op=self.op, lengths=(2, 1)))
+        packed.states[0] = packed.states[0][0]
+        with pytest.raises(ValueError, match=rf"^{self.op}: h0 is float64 \[2, 7\] .*expected shape \[1, B, 7\]"):
+            call(Case(op=self.op), packed)
+
     @pytest.mark.parametrize("sizes", [[3, 4, 2], [4, 4, 1], [3, 3, 3, 0], [3, 3], []])
     def test_refuses_inconsistent_batch_sizes(self, sizes: list[int]) -> None:
         case = Case(op=self.op, lengths=(3, 3, 3))

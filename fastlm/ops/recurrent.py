@@ -137,12 +137,18 @@ class SequenceOp:
         dropout: float,
         proj_size: int,
     ) -> None:
+        if num_layers < 1:
+            raise ValueError(f"{self.name}: num_layers is {num_layers}, expected at least 1")
         directions = 2 if bidirectional else 1
         count = num_layers * directions * (2 + 2 * bias + (proj_size != 0))
         if len(weights) != count:
             raise ValueError(f"{self.name}: weights has {len(weights)} tensors, expected {count}")
         rows = weights[0].shape[0]
         hidden = rows // self.gates
+        if hidden * self.gates != rows:
+            raise ValueError(
+                f"{self.name}: weights[0] is {describe(weights[0])}, expected a multiple of {self.gates} rows"
+            )
         width = input.shape[-1]
         if proj_size and not 0 < proj_size < hidden:  # as in torch, whose operator tells projections by their sizes
             raise ValueError(f"{self.name}: proj_size is {proj_size}, expected less than the hidden size, {hidden}")
@@ -161,6 +167,7 @@ class SequenceOp:
                         raise ValueError(f"{self.name}: weights[{position}] is {describe(weight)}, the input {dtype}")
                     position += 1
             width = out * directions
+        batch: int | str
         if batch_sizes is None:
             if input.dim() != 3:
                 raise ValueError(f"{self.name}: input is {describe(input)}, expected 3 dimensions")
@@ -170,7 +177,7 @@ class SequenceOp:
         else:
             if input.dim() != 2:
                 raise ValueError(f"{self.name}: input is {describe(input)}, expected 2 dimensions with batch_sizes")
-            batch = states[0].shape[1] if states[0].dim() == 3 else -1
+            batch = states[0].shape[1] if states[0].dim() == 3 else "B"
         sizes = (out, hidden)
         for index, state in enumerate(states):
             if state.shape != (num_layers * directions, batch, sizes[index]) or state.dtype != dtype:

@@ -340,64 +340,6 @@ def test_copies_and_pickles(name: str) -> None:
         assert torch.equal(other(x)[0], ours(x)[0])
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
-def test_compiles_without_a_graph_break(name: str) -> None:
-    torch._dynamo.reset()
-    ours, _ = pair(name, 5, 6, num_layers=2, bidirectional=True, batch_first=True)
-    x = torch.randn(3, 4, 5)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    for a, b in zip(outputs_and_gradients(compiled, x, None), outputs_and_gradients(ours, x, None), strict=True):
-        torch.testing.assert_close(a, b)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), ours(x))
-
-
-@pytest.mark.parametrize("is_sorted", [False, True])
-def test_packed_input_compiles_without_a_graph_break(is_sorted: bool) -> None:
-    torch._dynamo.reset()
-    ours, _ = pair("LSTM", 5, 6, num_layers=2, bidirectional=True)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    for lengths in ((4, 3, 1), (5, 2, 2, 2)):
-        packed = pack_sequence([torch.randn(length, 5) for length in lengths], enforce_sorted=is_sorted)
-        for a, b in zip(leaves(compiled(packed)), leaves(ours(packed)), strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_dropout_compiled_is_the_same_in_forward_and_backward() -> None:
-    """The derivative along a direction, from differences under one seed, equals the gradient's."""
-    torch._dynamo.reset()
-    ours = fastlm.nn.LSTM(5, 6, num_layers=3, bidirectional=True, dropout=0.5, dtype=torch.float64)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    x, direction = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-
-    def run(step: float) -> Tensor:
-        torch.manual_seed(0)
-        point = (x + step * direction).requires_grad_()
-        value = compiled(point)[0].square().sum()
-        return value if step else (torch.autograd.grad(value, point)[0] * direction).sum()
-
-    assert run(1e-5).detach() != compiled(x)[0].square().sum().detach(), "no dropout, or none that follows the seed"
-    torch.testing.assert_close((run(1e-5) - run(-1e-5)).detach() / 2e-5, run(0.0), rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", CELLS)
-def test_cells_compile_without_a_graph_break(name: str) -> None:
-    torch._dynamo.reset()
-    ours, _ = pair(name, 5, 6)
-    x = torch.randn(3, 5)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    for a, b in zip(outputs_and_gradients(compiled, x, None), outputs_and_gradients(ours, x, None), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_exports() -> None:
-    ours, _ = pair("LSTM", 5, 6, num_layers=2)
-    x = torch.randn(3, 4, 5)
-    program = torch.export.export(ours, (x,))
-    assert any(node.target is torch.ops.fastlm.lstm.default for node in program.graph.nodes)
-    torch.testing.assert_close(program.module()(x), ours(x))
-
-
 def test_the_comparison_refuses_faults() -> None:
     """Each of these modules is wrong in one way, and the comparison of this file sees it."""
     x = torch.randn(4, 3, 5)

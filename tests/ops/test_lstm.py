@@ -48,6 +48,11 @@ class TestLSTM(SequenceSuite):
         with pytest.raises(ValueError, match=r"^lstm: proj_size is 7, expected less than the hidden size, 7"):
             call(case, make_inputs(case))
 
+    def test_refuses_weights_that_are_no_whole_gates(self) -> None:
+        x, h, c, w_ih, w_hh = (torch.randn(s) for s in ((2, 3, 5), (1, 3, 7), (1, 3, 7), (30, 5), (30, 7)))
+        with pytest.raises(ValueError, match=r"^lstm: weights\[0\] is float32 \[30, 5\].*a multiple of 4 rows"):
+            ops.lstm(x, (h, c), [w_ih, w_hh], bias=False)
+
     def test_refuses_a_dropout_that_is_no_probability(self) -> None:
         inputs = make_inputs(Case())
         with pytest.raises(ValueError, match=r"^lstm: dropout is 1\.5"):
