@@ -5,6 +5,7 @@
 // fastlm::<name>(args) then calls the active level's version.
 #pragma once
 
+#include "fastlm/activation.h"
 #include "fastlm/attention_decode.h"
 #include "fastlm/linear.h"
 #include "fastlm/lstm.h"
@@ -16,6 +17,7 @@
 #define FASTLM_KERNEL_LIST(X)                                                       \
   X(int64_t, sample, (const SampleArgs& args), (args))                              \
   X(int, simd_lanes, (), ())                                                        \
+  X(void, activation, (const Activation& a), (a))                                   \
   X(void, linear, (const LinearArgs& a), (a))                                       \
   X(int64_t, dequantize_rows, (const DequantizeArgs& a), (a))                       \
   X(void, attention_decode, (const AttentionDecode& a), (a))                        \

@@ -17,6 +17,7 @@ inline T* pointer(address a) {
   return reinterpret_cast<T*>(a);
 }
 
+void bind_activation(py::module_& m);
 void bind_attention_decode(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_lstm(py::module_& m);

@@ -11,6 +11,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa_active", &fastlm::isa_active);
   m.def("isa_force", &fastlm::isa_force, py::arg("level"));
   m.def("simd_lanes", &fastlm::simd_lanes);
+  fastlm::bind_activation(m);
   fastlm::bind_attention_decode(m);
   fastlm::bind_linear(m);
   fastlm::bind_lstm(m);

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from fastlm import ops
 from fastlm.nn.linear import Linear
 
 __all__ = ["MLP", "SwiGLU"]
@@ -22,7 +22,7 @@ class MLP(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(functional.gelu(self.up(x), approximate="tanh"))
+        return self.down(ops.gelu(self.up(x)))
 
 
 class SwiGLU(nn.Module):
@@ -38,4 +38,4 @@ class SwiGLU(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(functional.silu(self.gate(x)) * self.up(x))
+        return self.down(ops.swiglu(self.gate(x), self.up(x)))

@@ -1,5 +1,6 @@
 """The public ops: one file each, with its signature, checks, autograd, and the list of implementations."""
 
+from fastlm.ops.activation import gelu, swiglu
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_decode import attention_decode
 from fastlm.ops.cross_entropy import cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "backend",
     "cross_entropy",
     "explain",
+    "gelu",
     "gru",
     "gru_cell",
     "layer_norm",
@@ -33,4 +35,5 @@ __all__ = [
     "rnn_cell",
     "rotary",
     "sample",
+    "swiglu",
 ]

@@ -57,7 +57,9 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
         return "a gradient is wanted"
     rows = input.numel() // max(input.shape[-1], 1)
     few = FEW_ROWS_INTEGER if _integer(weight, compute) else FEW_ROWS
-    if rows > few and forced_backend() != "cpu":
+    # [B, 1, K] is a step of decoding, where the size of the batch must not change a row's result.
+    one_token = input.dim() == 3 and input.shape[1] == 1
+    if rows > few and not one_token and forced_backend() != "cpu":
         return f"{rows} rows: a matrix product is quicker beyond {few}"
     return None
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastlm.kernels import native
 from fastlm.models import (
     GPT,
     LSTMLM,
@@ -104,6 +105,27 @@ def test_ragged_rows_each_follow_their_own_prompt(model: CausalLM) -> None:
         chosen = rows if rows != [0, 1, 2] else None
         close(model(tokens[index[:, None], at], state, chosen), full[index[:, None], at])
     assert state.lengths.tolist() == lengths
+
+
+# The cells of GRU and RNN are torch's own, whose matrix products round by the size of the batch.
+@pytest.mark.parametrize("model", [n for n in CONFIGS if n not in ("gru", "tanh", "relu")], indirect=True)
+@pytest.mark.skipif(native.CPU.module is None, reason="the native module is not built")
+@torch.no_grad()
+def test_the_batch_does_not_change_a_row(model: CausalLM) -> None:
+    rows = 19
+    tokens = ids(rows, 28)
+    alone, together = model.make_state(rows), model.make_state(rows)
+    for row in range(rows):
+        model(tokens[row : row + 1, : 4 + row], alone.row(row))
+        model(tokens[row : row + 1, : 4 + row], together.row(row))
+    order = torch.randperm(rows).tolist()
+    for step in range(3):
+        chosen = order if step else None
+        at = order if step else list(range(rows))
+        next_ids = torch.stack([tokens[row, 4 + row + step : 5 + row + step] for row in at])
+        batch = model(next_ids, together, chosen)
+        for entry, row in enumerate(at):
+            assert torch.equal(model(next_ids[entry : entry + 1], alone.row(row)), batch[entry : entry + 1])
 
 
 @torch.no_grad()
