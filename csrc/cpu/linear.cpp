@@ -11,7 +11,7 @@ namespace FASTLM_ISA {
 namespace {
 
 // Below this many bytes of weights a thread costs more than it saves.
-constexpr int64_t kBytesPerThread = 16 * 1024;
+constexpr int64_t kBytesPerThread = 64 * 1024;
 
 int useful_threads(int64_t bytes, int threads) {
   const int64_t most = bytes / kBytesPerThread + 1;
