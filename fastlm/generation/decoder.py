@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,6 +84,7 @@ class Decoder:
         self._generated = [0] * len(self._prompts)
         self._last = [0] * len(self._prompts)
         self._active = list(range(len(self._prompts)))
+        self._logit_bias = _dense_bias(self._params.logit_bias, model.config.vocab_size)
         self._history: Tensor | None = None
         if self._params.penalised:
             self._history = torch.zeros(len(self._prompts), longest, dtype=torch.int64)
@@ -157,8 +158,9 @@ class Decoder:
                 logits[torch.tensor(early)[:, None], self._stop_index] = -torch.inf
         history: dict[str, Tensor] = {}
         if self._history is not None:
+            everyone = len(rows) == len(self._prompts)
             history = {
-                "history": self._history[rows],
+                "history": self._history if everyone else self._history[rows],
                 "history_lengths": torch.tensor([self._lengths[row] for row in rows]),
                 "prompt_lengths": torch.tensor([len(self._prompts[row]) for row in rows]),
             }
@@ -172,7 +174,7 @@ class Decoder:
             repetition_penalty=params.repetition_penalty,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
-            logit_bias=params.logit_bias,
+            logit_bias=self._logit_bias,
             seed=self.seed,
             sequence=self._sequences[rows[0]] if single else torch.tensor([self._sequences[row] for row in rows]),
             position=self._lengths[rows[0]] if single else torch.tensor([self._lengths[row] for row in rows]),
@@ -193,6 +195,18 @@ class Decoder:
         elif self._lengths[row] > self._context:
             finish = "context"
         return Token(row, token, logprob, finish)
+
+
+def _dense_bias(bias: Mapping[int, float] | None, vocab_size: int) -> Tensor | None:
+    """The biases as a tensor [vocab_size], made once for all steps."""
+    if not bias:
+        return None
+    outside = [token for token in bias if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"logit_bias: token {outside[0]} is outside the vocabulary of {vocab_size}")
+    dense = torch.zeros(vocab_size)
+    dense[list(bias)] = torch.tensor(list(bias.values()))
+    return dense
 
 
 def _occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:

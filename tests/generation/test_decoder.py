@@ -106,6 +106,15 @@ def test_equal_prompts_draw_differently_and_reproducibly(model: CausalLM) -> Non
     assert _ids(model, [[1, 2]], max_new_tokens=12, seed=10)[0] != three[0]
 
 
+def test_logit_bias_bans_and_forces_tokens(model: CausalLM) -> None:
+    free = _ids(model, [[1, 2, 3]], max_new_tokens=8, seed=1)[0]
+    banned = _ids(model, [[1, 2, 3]], max_new_tokens=8, seed=1, logit_bias={free[0]: -torch.inf})[0]
+    assert free[0] not in banned
+    assert _ids(model, [[1, 2, 3]], max_new_tokens=3, seed=1, logit_bias={7: 1e4})[0] == [7, 7, 7]
+    with pytest.raises(ValueError, match=f"logit_bias: token {VOCAB} is outside"):
+        _ids(model, [[1]], logit_bias={VOCAB: 1.0})
+
+
 def test_min_new_tokens_holds_back_stop_tokens(model: CausalLM) -> None:
     first = _ids(model, [[1, 2, 3]], max_new_tokens=1, temperature=0)[0][0]
     params = SamplingParams(max_new_tokens=8, min_new_tokens=4, temperature=0)
