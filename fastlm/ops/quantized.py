@@ -97,7 +97,7 @@ class QuantizedTensor:
     def expand_rows(self, first: int, last: int) -> Tensor:
         """Rows `first` to `last` (exclusive) as a new float32 tensor [last - first, K]."""
         if self._native():
-            output = torch.empty(last - first, self.shape[1])
+            output = torch.empty(last - first, self.shape[1], dtype=torch.float32, device=kernel.CPU)
             kernel.dequantize_rows(self.data, self.code, self.shape[0], output, first=first)
             return output
         weights = dequantize(self.data[first:last], self.kind)
@@ -115,7 +115,7 @@ class QuantizedTensor:
         count, columns = self.shape
         if self._native() and ids.is_cpu:
             flat = ids.reshape(-1).to(torch.int64)
-            output = torch.empty(flat.shape[0], columns)
+            output = torch.empty(flat.shape[0], columns, dtype=torch.float32, device=kernel.CPU)
             bad = kernel.dequantize_rows(self.data, self.code, count, output, ids=flat)
             if bad >= 0:
                 raise IndexError(f"QuantizedTensor.rows: id {int(flat[bad])} is not in [0, {count})")

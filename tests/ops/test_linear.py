@@ -263,6 +263,20 @@ def test_the_choice_is_explained() -> None:
             ops.linear(torch.randn(1, 64, requires_grad=True), weight)
 
 
+def test_torchs_defaults_do_not_matter() -> None:
+    weight, x = weight_of("Q4_1", 9, 64), torch.randn(3, 64)
+    expected = ops.linear(x, weight), weight.rows(torch.tensor([3])), weight.dequantize()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        ids = torch.tensor([3], device="cpu")
+        found = ops.linear(x, weight), weight.rows(ids), weight.dequantize()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = weight_of("Q4_0", 9, 64), torch.randn(3, 64)
     expected = by_cpu(x, weight, None, "exact")

@@ -12,6 +12,7 @@ from fastlm.kernels import native
 __all__ = ["dequantize_rows", "linear"]
 
 BLOCK = 32
+CPU = torch.device("cpu")  # buffers are here whatever torch's default device and dtype are
 _local = threading.local()
 
 
@@ -34,7 +35,7 @@ def linear(input: Tensor, weight: Tensor, code: int, outputs: int, bias: Tensor 
     dtype = input.dtype
     x = input if dtype == torch.float32 and input.is_contiguous() else input.float().contiguous()
     b = bias if bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()) else bias.float().contiguous()
-    output = torch.empty((*shape[:-1], outputs))
+    output = torch.empty((*shape[:-1], outputs), dtype=torch.float32, device=CPU)
     rows = output.numel() // outputs if outputs else 0
     module = native.CPU.require()
     module.linear(
@@ -56,7 +57,7 @@ def _scratch(size: int) -> int:
     """The address of `size` bytes that are this thread's until its next call: a decode step has hundreds of calls."""
     held: Tensor | None = getattr(_local, "scratch", None)
     if held is None or held.numel() < size:
-        held = _local.scratch = torch.empty(max(size, 1 << 16), dtype=torch.uint8)
+        held = _local.scratch = torch.empty(max(size, 1 << 16), dtype=torch.uint8, device=CPU)
     return held.data_ptr()
 
 
