@@ -126,6 +126,19 @@ def test_tensorboard_missing_says_what_to_install(tmp_path: Path, monkeypatch: p
         TensorBoardLog(tmp_path)
 
 
+def test_tensorboard_gets_the_same_curves(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = TensorBoardLog(tmp_path)
+    log.on_steps(_trainer(), [_step(1, 3.0), _step(2, 2.0)])
+    log.on_evaluation(_trainer(), EvalRecord(2, 1.5, 4.5, 100, True, 1.0))
+    log.on_end(_trainer())
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss/train")] == [(1, 3.0), (2, 2.0)]
+    assert [(event.step, event.value) for event in events.Scalars("loss/valid")] == [(2, 1.5)]
+
+
 def _watch(console: Console, trainer: Any, **options: Any) -> None:
     bar = ProgressBar(console, **options)
     bar.on_start(trainer)

@@ -165,8 +165,9 @@ def _start(folder: Path, kill_at_rename: int = 0) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_the_same_losses_after_kill_9(tmp_path: Path) -> None:
-    """Killed twice somewhere inside the writing of a checkpoint or best model, once anywhere at all."""
+def _kill_and_compare(tmp_path: Path, last_renames: list[int], pauses: list[float]) -> None:
+    """Dies before each of these renames, then after each of these pauses; in the end the log is as if it never had."""
+    print(f"killed at renames {last_renames}, then after {pauses} s")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -175,18 +176,29 @@ def test_the_same_losses_after_kill_9(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     folder = tmp_path / "a"
-    # Each evaluation with its checkpoint renames 5 to 8 files, so the first kill falls into the first model's run.
-    last_renames, pause = (random.randint(12, 40), random.randint(2, 45)), random.uniform(0.0, 1.0)
-    print(f"killed at renames {last_renames}, then after {pause} s")
     for last_rename in last_renames:
         assert _start(folder, last_rename).wait(timeout=120) == -signal.SIGKILL
-        assert resume.checkpoints(folder / "gpt"), "it should have died after its first checkpoint"
-    process = _start(folder)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    time.sleep(pause)
-    process.kill()
-    process.wait(timeout=120)
+    assert resume.checkpoints(folder / "gpt"), "it should have died after its first checkpoint"
+    for pause in pauses:
+        process = _start(folder)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(pause)
+        process.kill()
+        process.wait(timeout=120)
     assert _start(folder).wait(timeout=120) == 0
     for kind in _KINDS:
         assert losses(folder / kind) == losses(tmp_path / "b" / kind)
     assert not list(folder.rglob("*.tmp*"))
+
+
+def test_the_same_losses_after_kill_9(tmp_path: Path) -> None:
+    """Killed twice somewhere inside the writing of a checkpoint or best model, once anywhere at all."""
+    # Each evaluation with its checkpoint renames 5 to 8 files, so the first kill falls into the first model's run.
+    _kill_and_compare(tmp_path, [random.randint(12, 40), random.randint(2, 45)], [random.uniform(0.0, 1.0)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repetition", range(5))
+def test_the_same_losses_after_many_kills(tmp_path: Path, repetition: int) -> None:
+    renames = [random.randint(12, 20), *(random.randint(2, 12) for _ in range(5))]
+    _kill_and_compare(tmp_path, renames, [random.uniform(0.0, 0.5) for _ in range(4)])
