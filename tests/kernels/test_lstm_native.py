@@ -4,7 +4,10 @@ but the row."""
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -239,12 +242,34 @@ def test_bad_batch_sizes_are_refused(batch_sizes: list[int]) -> None:
         lstm.layer_forward(case.input, batch_sizes, *case.weights, case.h0, case.c0, False, False)
 
 
-def test_why_not_names_the_argument() -> None:
-    x = torch.zeros(2, 3)
-    assert lstm.why_not(input=x, bias=None) is None
-    assert "input is float64" in str(lstm.why_not(weight=x, input=x.double()))
-    assert "h0 is on meta" in str(lstm.why_not(h0=x.to("meta")))
-    assert "layout" in str(lstm.why_not(w=x.to_sparse()))
+def test_threads_at_once_do_not_disturb_each_other(isa: str) -> None:
+    cases = [Case(30, 140, 0, [3] * 10, reverse=False) for _ in range(4)]
+    expected = [case.native(save=False)["output"] for case in cases]
+    packing.clear()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: cases[i % 4].native(save=False)["output"], range(16)))
+    for i, output in enumerate(found):
+        assert torch.equal(output, expected[i % 4])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_computes_the_same() -> None:
+    case = Case(64, 512, 0, [4] * 4, reverse=False)  # enough work for several threads
+    expected = case.native(save=False)["output"]
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child() -> None:
+        torch.use_deterministic_algorithms(False)  # poisoning uses torch's own threads, which a fork does not survive
+        packing.clear()
+        sender.send(torch.equal(case.native(save=False)["output"], expected))
+
+    process = context.Process(target=child, daemon=True)
+    process.start()
+    assert receiver.poll(60), "the child hangs"
+    assert receiver.recv()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 # Tests of the tests: a faulty kernel, as seen by the very comparison used above.

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastlm.kernels import native
 from fastlm.kernels.packing import cached, pack
 
-__all__ = ["Gradients", "Saved", "cell", "layer_backward", "layer_forward", "why_not"]
+__all__ = ["Gradients", "Saved", "cell", "layer_backward", "layer_forward"]
 
 
 class _Packed(NamedTuple):
@@ -50,22 +50,6 @@ class Gradients(NamedTuple):
     w_hr: Tensor | None
     h0: Tensor | None
     c0: Tensor | None
-
-
-def why_not(**tensors: Tensor | None) -> str | None:
-    """Why these tensors, given by the names to use in the reason, can't go to the native LSTM; None if they can."""
-    if native.CPU.module is None:
-        return native.CPU.error
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.dtype is not torch.float32:
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, only float32 is done natively"
-        if not tensor.is_cpu:
-            return f"{name} is on {tensor.device}, not on the CPU"
-        if tensor.layout is not torch.strided:
-            return f"{name} has the layout {tensor.layout}"
-    return None
 
 
 def _packed(
