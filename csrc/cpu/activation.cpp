@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kWorthAThread = 1 << 14;
 
 FASTLM_INLINE vf silu(vf x) { return x * sigmoid(x); }
-FASTLM_INLINE vf gelu(vf x) { return x * 0.5f * (tanh((x + x * x * x * 0.044715f) * 0.797884560802865f) + 1.0f); }
+// (1 + tanh u) / 2 = sigmoid(2 u), which loses nothing where tanh is near -1.
+FASTLM_INLINE vf gelu(vf x) { return x * sigmoid((x + x * x * x * 0.044715f) * 1.59576912160573f); }
 
 template <typename F>
 FASTLM_INLINE void apply(F f, const Activation& a, Range mine) {

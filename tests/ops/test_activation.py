@@ -38,7 +38,7 @@ def test_reference_is_torchs(gated: bool) -> None:
 
 
 @needs_native
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @given(rows=st.integers(0, 5), columns=st.integers(1, 70), gated=st.booleans(), transposed=st.booleans())
 def test_native_within_the_bound(rows: int, columns: int, gated: bool, transposed: bool) -> None:
     shape = (columns, rows) if transposed else (rows, columns)
@@ -47,7 +47,8 @@ def test_native_within_the_bound(rows: int, columns: int, gated: bool, transpose
         x, u = x.t(), None if u is None else u.t()
     with ops.backend("cpu"):
         y = ours(x, u)
-    assert_close_to_reference(y, theirs(x, u), spec(x.double(), None if u is None else u.double()))
+    # On a single element torch may be exact by luck. GELU's exponent reaches 20, and so many times its rounding shows.
+    assert_close_to_reference(y, theirs(x, u), spec(x.double(), None if u is None else u.double()), floor=3e-6)
 
 
 @needs_native
