@@ -12,7 +12,7 @@ namespace {
 
 double exact(ActivationFunction f, double x) {
   if (f == ActivationFunction::kSilu) return x / (1 + std::exp(-x));
-  return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+  return x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
 }
 
 }  // namespace
@@ -22,11 +22,15 @@ FASTLM_TEST(activation_every_length) {
     for (int64_t count : {0, 1, 3, 4, 7, 8, 15, 16, 17, 31, 33, 40000})
       for (int threads : {1, 2, 3}) {
         std::vector<float> x(count), u(count), y(count + 16, -7.0f);
-        for (int64_t i = 0; i < count; ++i) x[i] = 0.37f * static_cast<float>(i % 61 - 30), u[i] = 1.0f + 0.01f * static_cast<float>(i % 7);
+        for (int64_t i = 0; i < count; ++i) {
+          x[i] = 0.37f * static_cast<float>(i % 61 - 30);
+          u[i] = 1.0f + 0.01f * static_cast<float>(i % 7);
+        }
         fastlm::activation(Activation{x.data(), u.data(), y.data(), count, f, threads});
         for (int64_t i = 0; i < count; ++i) {
           const double want = exact(f, x[i]) * u[i];
-          CHECK(std::abs(y[i] - want) <= 4e-6 * std::abs(want));
+          // The rounding of an exponent of up to 90 shows that many times over.
+          CHECK(std::abs(y[i] - want) <= 2e-5 * std::abs(want) + 1e-37);
         }
         for (int64_t i = count; i < count + 16; ++i) CHECK(y[i] == -7.0f);
         // In place, and without the factor.
