@@ -28,7 +28,7 @@ def _rate(case: Case, seconds: float) -> str:
 
 
 def _run_case(case: Case) -> dict[str, Any]:
-    row: dict[str, Any] = {"case": case.name, "shape": case.shape, "peer": case.peer_name, "goal": case.goal}
+    row: dict[str, Any] = {"case": case.name, "shape": case.shape, "against": case.peer_name, "goal": case.goal}
     try:
         case.gate()
     except GateFailed as error:
@@ -39,15 +39,15 @@ def _run_case(case: Case) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| case | shape | ours | peer | | ratio (middle half) | goal |", "|---|---|---|---|---|---|---|"]
+    lines = ["| case | shape | ours | peer | against | ratio (middle half) | goal |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         start = f"| {row['case']} | {row['shape']} |"
         if row["gate"] != "passed":
-            lines.append(f"{start} **gate failed: {row['gate']}** | | {row['peer']} | | |")
+            lines.append(f"{start} **gate failed: {row['gate']}** | | {row['against']} | | |")
             continue
         goal = f"{row['goal']:.0f}×" if row["goal"] else ""
         ratio = f"**{row['ratio']:.1f}×** ({row['ratio_low']:.1f}–{row['ratio_high']:.1f})"
-        lines.append(f"{start} {row['ours_shown']} | {row['peer_shown']} | {row['peer']} | {ratio} | {goal} |")
+        lines.append(f"{start} {row['ours_shown']} | {row['peer_shown']} | {row['against']} | {ratio} | {goal} |")
     return "\n".join(lines)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastlm.cli.common import ModelOption, errors, load_model
+
+if TYPE_CHECKING:
+    from fastlm.generation.params import SamplingOptions
 
 __all__ = ["chat"]
 
@@ -26,8 +29,13 @@ def chat(
     """
     from fastlm.generation import SamplingParams
 
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    SamplingParams(**options)  # type: ignore[arg-type]  # a wrong option is told before a model is loaded
+    options: SamplingOptions = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    SamplingParams.of(**options)  # a wrong option is told before a model is loaded
     language_model = load_model(model)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)

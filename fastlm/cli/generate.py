@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastlm.cli.common import ModelOption, errors, load_model
+
+if TYPE_CHECKING:
+    from fastlm.generation.params import SamplingOptions
 
 __all__ = ["Compute", "generate"]
 
@@ -73,7 +76,7 @@ def generate(
       cat story.txt | fastlm generate -m model.gguf --stop "THE END"
     """
     text = _prompt(prompt, file)
-    options = {
+    options: SamplingOptions = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -85,7 +88,7 @@ def generate(
     }
     from fastlm.generation import SamplingParams
 
-    SamplingParams(**options)  # type: ignore[arg-type]  # a wrong option is told before a model is loaded
+    SamplingParams.of(**options)  # a wrong option is told before a model is loaded
     language_model = load_model(model, compute.value)
     if n == 1 and stream:
         pieces = language_model.stream(text, **options)

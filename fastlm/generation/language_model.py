@@ -14,11 +14,13 @@ from fastlm import checkpoints
 from fastlm.checkpoints.pull import KNOWN_MODELS, pull
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.generation.decoder import Decoder, FinishReason
-from fastlm.generation.params import SamplingParams
+from fastlm.generation.params import SamplingOptions, SamplingParams
 from fastlm.generation.text import TextAssembler
 from fastlm.models.base import CausalLM
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from fastlm.evaluation.perplexity import Result
 
 __all__ = ["Completion", "LanguageModel", "load"]
@@ -70,13 +72,13 @@ class LanguageModel:
         return self.model.device
 
     @overload
-    def generate(self, prompt: str, **options: Any) -> str: ...
+    def generate(self, prompt: str, **options: Unpack[SamplingOptions]) -> str: ...
     @overload
-    def generate(self, prompt: Sequence[str], **options: Any) -> list[str]: ...
-    def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
+    def generate(self, prompt: list[str] | tuple[str, ...], **options: Unpack[SamplingOptions]) -> list[str]: ...
+    def generate(self, prompt: str | Sequence[str], **options: Unpack[SamplingOptions]) -> str | list[str]:
         """The continuation of a prompt (a string in, a string out) or of each of a list of them.
 
-        Options: max_new_tokens=128, min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+        Options and defaults: max_new_tokens=128, min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
         repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=None, seed=None, stop=().
 
         Raises:
@@ -86,14 +88,14 @@ class LanguageModel:
         texts = [completion.text for completion in self.complete(prompts, **options)]
         return texts[0] if isinstance(prompt, str) else texts
 
-    def complete(self, prompts: Sequence[str], **options: Any) -> list[Completion]:
+    def complete(self, prompts: Sequence[str], **options: Unpack[SamplingOptions]) -> list[Completion]:
         """Like `generate`, with tokens, log-probabilities and the reason each row ended."""
-        params = SamplingParams(**options).with_seed()
+        params = SamplingParams.of(**options)
         return self._run([self.encode(prompt) for prompt in prompts], params, text=True)
 
-    def generate_ids(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+    def generate_ids(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[list[int]]:
         """The new token ids for each list of prompt ids, a stop token included. Needs no tokenizer."""
-        params = SamplingParams(**options).with_seed()
+        params = SamplingParams.of(**options)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop: stop strings need a tokenizer, and this model has none")
         return [completion.ids for completion in self._run(prompts, params, text=bool(params.stop))]
@@ -121,13 +123,13 @@ class LanguageModel:
                 result.text += assembler.finish()
         return results
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: str, **options: Unpack[SamplingOptions]) -> Iterator[str]:
         """The continuation piece by piece, each as soon as it is certain; never part of a character.
 
         Options as in `generate`, checked when this is called, before the first piece is asked for. Closing the
         iterator ends the work.
         """
-        params = SamplingParams(**options).with_seed()
+        params = SamplingParams.of(**options)
         decoder = Decoder(self.model, [self.encode(prompt)], params, stop_ids=self.stop_ids)
         return self._stream(decoder, self._assembler(params))
 
@@ -147,10 +149,10 @@ class LanguageModel:
             raise ValueError("this model has no chat template: use generate with a plain prompt")
         return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[str]:
+    def chat(self, messages: Sequence[Message], **options: Unpack[SamplingOptions]) -> Iterator[str]:
         """Streams the model's answer to a conversation; options as in `generate`."""
         ids = self.tokenizer.encode_chat(list(messages))
-        params = SamplingParams(**options).with_seed()
+        params = SamplingParams.of(**options)
         return self._stream(Decoder(self.model, [ids], params, stop_ids=self.stop_ids), self._assembler(params))
 
     @torch.inference_mode()

@@ -6,9 +6,30 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-__all__ = ["SamplingParams"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["SamplingOptions", "SamplingParams"]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The options of `LanguageModel.generate` and its relatives; `SamplingParams` has their meaning and defaults."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    stop: str | Sequence[str]
+    logprobs: bool
 
 
 @dataclass(frozen=True)
@@ -49,10 +70,6 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "an integer >= 1")
         in_range = 0 <= self.min_new_tokens <= self.max_new_tokens
         _check("min_new_tokens", self.min_new_tokens, in_range, f"between 0 and max_new_tokens={self.max_new_tokens}")
@@ -67,6 +84,13 @@ class SamplingParams:
         _check("stop", self.stop, all(self.stop), "strings that are not empty")
         if self.seed is not None:
             _check("seed", self.seed, 0 <= self.seed < 2**64, "in [0, 2**64)")
+
+    @classmethod
+    def of(cls, **options: Unpack[SamplingOptions]) -> SamplingParams:
+        """From options as `generate` takes them, `stop` being one string or several, the seed filled in."""
+        stop = options.get("stop", ())
+        values: dict[str, Any] = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        return cls(**values).with_seed()
 
     def with_seed(self) -> SamplingParams:
         """These options with the seed filled in where it was left to chance."""

@@ -36,7 +36,8 @@ def test_out_of_range(name: str, value: Any) -> None:
 
 
 def test_one_stop_string_is_not_a_list_of_letters() -> None:
-    assert SamplingParams(stop="END").stop == ("END",)  # type: ignore[arg-type]
+    assert SamplingParams.of(stop="END").stop == ("END",)
+    assert SamplingParams.of(stop=["END", "\n"]).stop == ("END", "\n")
 
 
 def test_a_seed_left_to_chance_differs_between_runs() -> None:
