@@ -11,6 +11,8 @@
 #include "fastlm/lstm.h"
 #include "fastlm/math.h"
 #include "fastlm/pack.h"
+#include "fastlm/rms_norm.h"
+#include "fastlm/rotary.h"
 #include "fastlm/sample.h"
 
 // X(return type, name, parameter list, argument list)
@@ -25,6 +27,8 @@
   X(int64_t, attention_decode_scratch, (const AttentionDecode& a), (a))             \
   X(void, math_apply, (MathFunction f, const float* x, float* y, int64_t n), (f, x, y, n)) \
   X(void, pack_panels, (const PackPanels& a), (a))                                  \
+  X(void, rms_norm, (const RmsNorm& a), (a))                                        \
+  X(void, rotary, (const Rotary& a), (a))                                           \
   X(int64_t, packed_size, (int64_t k, int64_t n, bool gates), (k, n, gates))        \
   X(void, lstm_forward, (const LstmForward& a), (a))                                \
   X(int64_t, lstm_forward_scratch, (int64_t b, int64_t h, int64_t p, bool project, bool save), \

@@ -21,6 +21,8 @@ void bind_activation(py::module_& m);
 void bind_attention_decode(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_lstm(py::module_& m);
+void bind_rms_norm(py::module_& m);
+void bind_rotary(py::module_& m);
 void bind_sample(py::module_& m);
 
 }  // namespace fastlm

@@ -15,5 +15,7 @@ PYBIND11_MODULE(_native, m) {
   fastlm::bind_attention_decode(m);
   fastlm::bind_linear(m);
   fastlm::bind_lstm(m);
+  fastlm::bind_rms_norm(m);
+  fastlm::bind_rotary(m);
   fastlm::bind_sample(m);
 }

@@ -11,8 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
-__all__ = ["autograd_by_reference", "needs_grad", "tracing"]
+from fastlm.kernels import native
+from fastlm.ops.checks import describe
+
+__all__ = ["autograd_by_reference", "needs_grad", "opaque_kernel_why_not", "tracing"]
 
 
 def tracing() -> bool:
@@ -23,6 +28,24 @@ def tracing() -> bool:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd is recording and any of these wants a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def opaque_kernel_why_not(module: native.NativeModule, *tensors: Tensor | None) -> str | None:
+    """Why a native float32 CPU kernel, of which torch sees nothing, can't stand for the op here; None where it can."""
+    if module.module is None:
+        return module.error
+    for tensor in tensors:
+        if tensor is not None and not (
+            tensor.dtype is torch.float32 and tensor.is_cpu and (type(tensor) is Parameter or type(tensor) is Tensor)
+        ):
+            return f"a {type(tensor).__name__} of {describe(tensor)}: the kernel takes plain float32 on the CPU"
+    if torch._C._are_functorch_transforms_active():
+        return "inside a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
+    if torch._C._get_tracing_state() is not None:
+        return "inside torch.jit.trace"
+    return None
 
 
 def autograd_by_reference(definition: Any, reference: Callable[..., Any], *, differentiable: Sequence[int]) -> None:

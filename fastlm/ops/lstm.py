@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 
 from fastlm.kernels import native
 from fastlm.kernels.cpu import lstm as kernel
-from fastlm.ops.library import autograd_by_reference, needs_grad, tracing
-from fastlm.ops.recurrent import SequenceOp, check_cell, opaque_kernel_why_not, torch_sequence
+from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing
+from fastlm.ops.recurrent import SequenceOp, check_cell, torch_sequence
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import lstm as reference
 from fastlm.reference.recurrent import States, Weights, sequence

@@ -9,39 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter, functional
+from torch.nn import functional
 
-from fastlm.kernels import native
 from fastlm.ops.checks import describe, expect_shape
 from fastlm.ops.library import needs_grad, tracing
 from fastlm.ops.registry import Implementation, Op
 from fastlm.reference.recurrent import States
 
-__all__ = ["SequenceOp", "check_cell", "opaque_kernel_why_not", "torch_sequence"]
+__all__ = ["SequenceOp", "check_cell", "torch_sequence"]
 
 _ARGUMENTS = (
     "Tensor input, Tensor[] states, Tensor[] weights, Tensor? batch_sizes, "
     "int num_layers, bool bidirectional, bool batch_first, bool bias"
 )
-
-
-def opaque_kernel_why_not(module: native.NativeModule, *tensors: Tensor | None) -> str | None:
-    """Why a native float32 CPU kernel, of which torch sees nothing, can't stand for the op here; None where it can."""
-    if module.module is None:
-        return module.error
-    for tensor in tensors:
-        if tensor is not None and not (
-            tensor.dtype is torch.float32 and tensor.is_cpu and (type(tensor) is Parameter or type(tensor) is Tensor)
-        ):
-            return f"a {type(tensor).__name__} of {describe(tensor)}: the kernel takes plain float32 on the CPU"
-    if torch._C._are_functorch_transforms_active():
-        return "inside a transform of torch.func"
-    if forward_ad._current_level >= 0:
-        return "inside forward-mode differentiation"
-    if torch._C._get_tracing_state() is not None:
-        return "inside torch.jit.trace"
-    return None
 
 
 @contextmanager

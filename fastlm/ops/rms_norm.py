@@ -6,12 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastlm.kernels import native
+from fastlm.kernels.cpu import rms_norm as kernel
 from fastlm.ops.checks import expect_shape
-from fastlm.ops.library import autograd_by_reference, tracing
+from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import rms_norm as reference
 
 __all__ = ["rms_norm"]
+
+
+def _cpu_why_not(input: Tensor, weight: Tensor | None, eps: float) -> str | None:
+    if needs_grad(input, weight):
+        return "a gradient is wanted"
+    return opaque_kernel_why_not(native.CPU, input, weight)
 
 
 def _torch_run(input: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -27,6 +35,7 @@ def _torch_why_not(input: Tensor, weight: Tensor | None, eps: float) -> str | No
 RMS_NORM = Op(
     "rms_norm",
     [
+        Implementation("cpu", kernel.rms_norm, _cpu_why_not),
         Implementation("torch", _torch_run, _torch_why_not),
         Implementation("reference", reference.rms_norm, always),
     ],
@@ -50,6 +59,7 @@ def rms_norm(input: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) 
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
     Zhang & Sennrich, 2019, https://arxiv.org/abs/1910.07467. The mean is taken in float32 (float64 for float64).
+    On the native kernel a row's result depends on that row alone, not on its place, their number, or the threads.
 
     Args:
         input: [..., dim], any floating dtype.

@@ -5,14 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlm.kernels import native
+from fastlm.kernels.cpu import rotary as kernel
 from fastlm.ops.checks import describe
-from fastlm.ops.library import autograd_by_reference, tracing
+from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import rotary as reference
 
 __all__ = ["rotary"]
 
-ROTARY = Op("rotary", [Implementation("reference", reference.rotary, always)])
+
+def _cpu_why_not(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
+    if needs_grad(input, cos, sin):
+        return "a gradient is wanted"
+    return opaque_kernel_why_not(native.CPU, input, cos, sin)
+
+
+ROTARY = Op(
+    "rotary",
+    [
+        Implementation("cpu", kernel.rotary, _cpu_why_not),
+        Implementation("reference", reference.rotary, always),
+    ],
+)
 
 
 @torch.library.custom_op("fastlm::rotary", mutates_args=())
@@ -25,7 +40,7 @@ def _(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return input.new_empty(input.shape)
 
 
-autograd_by_reference(_rotary, ROTARY, differentiable=(0, 1, 2))
+autograd_by_reference(_rotary, reference.rotary, differentiable=(0, 1, 2))
 
 
 def rotary(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:

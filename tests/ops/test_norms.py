@@ -104,6 +104,55 @@ def test_parameters_of_another_dtype_go_to_the_reference(norm: str) -> None:
     assert_close_to_reference(op(x, *parameters), exact.bfloat16(), exact)
 
 
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what the kernels get as output memory with NaN."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **o: empty_like(*a, **o).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 576, 1000])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_native_rms_norm(isa: str, poisoned: None, dim: int, weighted: bool) -> None:
+    parameters = _parameters("rms_norm", dim) if weighted else [None]
+    whole = torch.randn(3, 5, 2 * dim) + 0.5
+    exact_of = rms_norm_reference.rms_norm
+    for x in (whole[..., :dim], whole[0, ..., ::2], whole[0, 0, dim:], whole[:, :0, :dim]):
+        exact = exact_of(x.double(), *(p if p is None else p.double() for p in parameters), 1e-5)
+        with ops.backend("cpu"):
+            fast = ops.rms_norm(x, *parameters)
+        assert_close_to_reference(fast, functional.rms_norm(x, (dim,), *parameters, 1e-5), exact)
+
+
+def test_native_rms_norm_of_a_row_depends_on_that_row_alone(isa: str) -> None:
+    x, weight = torch.randn(200, 333), torch.randn(333)
+    before = torch.get_num_threads()
+    try:
+        with ops.backend("cpu"):
+            torch.set_num_threads(1)
+            together = ops.rms_norm(x, weight)
+            torch.set_num_threads(3)
+            assert torch.equal(ops.rms_norm(x, weight), together)
+            for row in (0, 7, 199):
+                assert torch.equal(ops.rms_norm(x[row], weight), together[row])
+            assert torch.equal(ops.rms_norm(x[5:9], weight), together[5:9])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_native_rms_norm_steps_aside(isa: str) -> None:
+    x, weight = torch.randn(2, 8), torch.nn.Parameter(torch.randn(8))
+    assert ops.explain(ops.rms_norm, x, weight).chosen == "torch"
+    with torch.inference_mode():
+        assert ops.explain(ops.rms_norm, x, weight).chosen == "cpu"
+        assert ops.explain(ops.rms_norm, x.double(), weight.double()).chosen == "torch"
+    weight = weight.detach()
+    plain = ops.rms_norm(x, weight)
+    torch.testing.assert_close(torch.func.vmap(lambda row: ops.rms_norm(row, weight))(x), plain)
+    _, tangent = torch.func.jvp(lambda x: ops.rms_norm(x, weight, eps=0.0), (x,), (x,))
+    torch.testing.assert_close(tangent, torch.zeros_like(x), atol=1e-5, rtol=0)  # scaling x changes nothing
+
+
 FAULTS: dict[str, Norm] = {
     "zeros": lambda op, x, *p, eps: torch.zeros_like(x),
     "eps outside the root": lambda op, x, *p, eps: op(x, *p, eps=eps * eps),

@@ -106,7 +106,7 @@ def test_unknown_names() -> None:
 
 
 def test_explain_by_name_and_by_function_without_computing() -> None:
-    x = torch.randn(2, 3)
+    x = torch.randn(2, 3, dtype=torch.float64)
     by_name, by_function = ops.explain("rms_norm", x), ops.explain(ops.rms_norm, x)
     assert by_name == by_function
     assert by_name.chosen == "torch"

@@ -53,6 +53,37 @@ def test_agrees_with_transformers(interleaved: bool, rotated: int, per_sequence:
     compare(ops.rotary, x, cos, sin, interleaved)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dim", [1, 2, 3, 16, 30, 64, 129])
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_native_equals_the_reference_bit_by_bit(
+    isa: str, monkeypatch: pytest.MonkeyPatch, interleaved: bool, dim: int, per_sequence: bool
+) -> None:
+    # Nothing is fused, so no level, place, batch or thread count can change a bit.
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **o: empty_like(*a, **o).fill_(torch.nan))
+    whole = torch.randn(2, 40, 3, 2 * dim)
+    for half in {0, dim // 2, dim // 3}:
+        cos, sin = torch.randn(2, *((2, 40, half) if per_sequence else (40, half)))
+        for x in (whole[..., :dim], whole[..., ::2], whole[:, :, 1:2, dim:]):
+            x = x.transpose(1, 2)
+            with ops.backend("cpu"):
+                got = ops.rotary(x, cos, sin, interleaved=interleaved)
+            assert torch.equal(got, reference.rotary(x, cos, sin, interleaved))
+
+
+def test_native_steps_aside(isa: str) -> None:
+    x, (cos, sin) = torch.randn(1, 1, 5, 8), Rotary(8).tables(torch.arange(5))
+    assert ops.explain(ops.rotary, x, cos, sin).chosen == "cpu"
+    for inputs in ((x.requires_grad_(), cos, sin), (x.detach().double(), cos, sin), (x.detach().bfloat16(), cos, sin)):
+        assert ops.explain(ops.rotary, *inputs).chosen == "reference"
+    x = x.detach()
+    turned = torch.func.vmap(lambda x: ops.rotary(x, cos, sin))(x[None])
+    assert torch.equal(turned[0], ops.rotary(x, cos, sin))
+    _, tangent = torch.func.jvp(lambda x: ops.rotary(x, cos, sin), (x,), (x,))
+    assert torch.equal(tangent, ops.rotary(x, cos, sin))  # it is linear
+
+
 FAULTS: dict[str, Callable[..., Tensor]] = {
     "zeros": lambda x, c, s, **o: torch.zeros_like(x),
     "not rotated": lambda x, c, s, **o: x,
