@@ -26,6 +26,8 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises the last dimensions of input [..., *normalized_shape]."""
+        if input.shape[-1:] == self.normalized_shape:
+            return layer_norm(input, self.weight, self.bias, eps=self.eps)
         x = _last(input, self.normalized_shape, "LayerNorm")
         return layer_norm(x, _flat(self.weight), _flat(self.bias), eps=self.eps).view(input.shape)
 
@@ -36,4 +38,6 @@ class RMSNorm(torch.nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimensions of input [..., *normalized_shape]."""
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        if x.shape[-1:] == self.normalized_shape:
+            return rms_norm(x, self.weight, eps=eps)
         return rms_norm(_last(x, self.normalized_shape, "RMSNorm"), _flat(self.weight), eps=eps).view(x.shape)

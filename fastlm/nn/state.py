@@ -146,9 +146,8 @@ class KVStep:
         """Writes key and value [batch, kv_heads, count, head_dim] into their places."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if self._even:
-            start, end = self.starts[0], self.starts[0] + self.count
-            keys[:, :, start:end].copy_(key)
-            values[:, :, start:end].copy_(value)
+            keys.narrow(2, self.starts[0], self.count).copy_(key)
+            values.narrow(2, self.starts[0], self.count).copy_(value)
         elif self.count == 1:
             keys[self._index, :, self._starts] = key[:, :, 0]
             values[self._index, :, self._starts] = value[:, :, 0]

@@ -15,6 +15,8 @@ def describe(tensor: Tensor) -> str:
 def expect_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
     """Raises ValueError unless `tensor` has the expected shape; a string in `expected` names a free dimension."""
     shape = tensor.shape
+    if shape == expected:
+        return
     if len(shape) == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(shape, expected, strict=True)
     ):

@@ -64,14 +64,15 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
     if input.dim() != 4:
         raise ValueError(f"rotary: input is {describe(input)}, expected shape [B, H, T, D]")
     batch, _, tokens, dim = input.shape
-    half = cos.shape[-1] if cos.dim() else 0
-    for name, table in (("cos", cos), ("sin", sin)):
-        shape = table.shape
-        if (shape != (tokens, half) and shape != (batch, tokens, half)) or 2 * half > dim or table.dim() != cos.dim():
-            raise ValueError(
-                f"rotary: {name} is {describe(table)}, expected shape [{tokens}, R/2] or [{batch}, {tokens}, R/2] "
-                f"with R <= {dim}, the same for cos and sin"
-            )
+    shape = cos.shape
+    half = shape[-1] if shape else 0
+    cos_fits = shape in ((tokens, half), (batch, tokens, half)) and 2 * half <= dim
+    if not cos_fits or sin.shape != shape:
+        name, table = ("sin", sin) if cos_fits else ("cos", cos)
+        raise ValueError(
+            f"rotary: {name} is {describe(table)}, expected shape [{tokens}, R/2] or [{batch}, {tokens}, R/2] "
+            f"with R <= {dim}, the same for cos and sin"
+        )
     if tracing():
         return _rotary(input, cos, sin, interleaved)
     return ROTARY(input, cos, sin, interleaved)

@@ -63,7 +63,7 @@ def attention_decode(
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(torch.float32).contiguous()
         slopes_stride = query.shape[1] if alibi_slopes.dim() == 2 else 0
-    output = torch.empty(query.shape)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
     native.CPU.require().attention_decode(
         query.data_ptr(),
         query.shape,
