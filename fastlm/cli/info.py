@@ -21,7 +21,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from fastlm import __version__
-    from fastlm.kernels import native
+    from fastlm.kernels import cuda, native
     from fastlm.ops import registry
 
     versions = {"fastlm": __version__, "python": platform.python_version()}
@@ -34,10 +34,16 @@ def collect() -> dict[str, Any]:
     return {
         "versions": versions,
         "machine": {"system": platform.platform(), "processor": _processor(), "threads": native.num_threads()},
-        "native": {
+        "modules": {
             "_native": native.CPU.error or "loaded",
             "_cuda": native.CUDA.error or "loaded",
             "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
+        },
+        "backends": {
+            "cpu": native.CPU.error or "available",
+            "cuda": cuda.unavailable() or "available",
+            "torch": "available",
+            "reference": "available",
         },
         "isa": {
             "active": module.isa_active() if module else None,
