@@ -6,18 +6,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastlm.kernels import native
 from fastlm.kernels.cpu import activation as kernel
 from fastlm.ops.checks import describe
-from fastlm.ops.library import autograd_by_reference, tracing
+from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import activation as reference
 
 __all__ = ["gelu", "swiglu"]
 
+
+def _cpu_why_not(*inputs: Tensor) -> str | None:
+    if needs_grad(*inputs):
+        return "a gradient is wanted"
+    return opaque_kernel_why_not(native.CPU, *inputs)
+
+
 GELU = Op(
     "gelu",
     [
-        Implementation("cpu", lambda input: kernel.activation("gelu", input), kernel.why_not),
+        Implementation("cpu", lambda input: kernel.activation("gelu", input), _cpu_why_not),
         Implementation("torch", lambda input: functional.gelu(input, approximate="tanh"), always),
         Implementation("reference", reference.gelu, always),
     ],
@@ -25,7 +33,7 @@ GELU = Op(
 SWIGLU = Op(
     "swiglu",
     [
-        Implementation("cpu", lambda gate, up: kernel.activation("silu", gate, up), kernel.why_not),
+        Implementation("cpu", lambda gate, up: kernel.activation("silu", gate, up), _cpu_why_not),
         Implementation("torch", lambda gate, up: functional.silu(gate) * up, always),
         Implementation("reference", reference.swiglu, always),
     ],

@@ -103,6 +103,17 @@ def test_custom_ops() -> None:
     torch.library.opcheck(torch.ops.fastlm.swiglu.default, (x, u))
 
 
+def test_native_steps_aside_for_what_torch_must_see(isa: str) -> None:
+    x = torch.randn(3, 5)
+    plain = ops.gelu(x)
+    assert ops.explain(ops.gelu, x).chosen == "cpu"
+    assert ops.explain(ops.gelu, x.double()).chosen == "torch"
+    torch.testing.assert_close(torch.func.vmap(ops.gelu)(x), plain)
+    value, tangent = torch.func.jvp(ops.gelu, (x,), (torch.ones(3, 5),))
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(tangent, torch.func.grad(lambda x: ops.gelu(x).sum())(x))
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"gelu: input is int64 \[2\] on cpu, expected floats"):
         ops.gelu(torch.ones(2, dtype=torch.int64))

@@ -7,21 +7,9 @@ from torch import Tensor
 
 from fastlm.kernels import native
 
-__all__ = ["activation", "why_not"]
+__all__ = ["activation"]
 
 _CODES = {"silu": 0, "gelu": 1}
-
-
-def why_not(*inputs: Tensor) -> str | None:
-    """What the kernel can't do. Shapes and dtypes agree among each other already."""
-    if native.CPU.module is None:
-        return native.CPU.error
-    for tensor in inputs:
-        if not tensor.is_cpu or tensor.dtype != torch.float32:
-            return f"an input is {tensor.dtype} on {tensor.device}, the kernel takes float32 on the CPU"
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            return "a gradient is needed"
-    return None
 
 
 def activation(function: str, input: Tensor, factor: Tensor | None = None) -> Tensor:
