@@ -365,7 +365,9 @@ void lstm_cell(const LstmCell& a) {
                       gates, kPanel);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t cell = (low + i) * a.hidden + at;
-          store_lanes(a.h_out + cell, update(gates + i * kPanel, a.c + cell, a.c_out + cell, n), n);
+          const vf h = update(gates + i * kPanel, a.c + cell, a.c_out + cell, n);
+          store_lanes(a.h_out + cell, h, n);
+          if (a.output != nullptr) store_lanes(a.output + cell, h, n);
         }
       }
     }

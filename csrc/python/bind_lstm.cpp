@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "fastlm/isa.h"
 #include "fastlm/lstm.h"
 #include "fastlm/pack.h"
 
@@ -31,16 +32,29 @@ void pack(address source, int64_t k, int64_t n, int64_t stride_k, int64_t stride
   pack_panels({pointer<const float>(source), k, n, stride_k, stride_n, gates, pointer<float>(packed), threads});
 }
 
-// A hash of a few values spread over each of these float arrays: whether they are still what was packed.
-uint64_t sample_hash(const std::vector<std::pair<address, int64_t>>& spans) {
-  constexpr int64_t kSamples = 16;
-  uint64_t hash = 1469598103934665603u;  // FNV-1a
-  for (const auto& [start, count] : spans) {
-    const uint32_t* bits = pointer<const uint32_t>(start);
-    for (int64_t i = 0; i < kSamples; ++i) hash = (hash ^ bits[(count - 1) * i / (kSamples - 1)]) * 1099511628211u;
+// A few values spread over each of some float arrays, to tell whether they are still what was packed, and for this
+// instruction-set level. `unchanged` may be called only while the arrays are known to be where they were.
+class Samples {
+ public:
+  explicit Samples(const std::vector<std::pair<address, int64_t>>& spans) {
+    constexpr int64_t kSamples = 4;  // each is most likely a cache miss, at every use of a packed weight
+    for (const auto& [start, count] : spans)
+      for (int64_t i = 0; i < kSamples && count > 0; ++i)
+        places_.push_back(pointer<const uint32_t>(start) + (count - 1) * i / (kSamples - 1));
+    hash_ = hash();
   }
-  return hash;
-}
+  bool unchanged() const { return hash() == hash_; }
+
+ private:
+  uint64_t hash() const {
+    for (const uint32_t* place : places_) __builtin_prefetch(place);  // all misses at once
+    uint64_t hash = 1469598103934665603u ^ static_cast<uint64_t>(simd_lanes());  // FNV-1a
+    for (const uint32_t* place : places_) hash = (hash ^ *place) * 1099511628211u;
+    return hash;
+  }
+  std::vector<const uint32_t*> places_;
+  uint64_t hash_;
+};
 
 void forward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t inputs, int64_t hidden,
              int64_t outputs, bool reverse, address input, address w_ih, address w_hh, address bias, address w_hr,
@@ -76,19 +90,21 @@ void backward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t bat
 }
 
 void cell(int64_t batch, int64_t inputs, int64_t hidden, address input, address h, address c, address w_ih,
-          address w_hh, address bias, address h_out, address c_out, int threads) {
+          address w_hh, address bias, address h_out, address c_out, address output, int threads) {
   check(batch >= 1 && inputs >= 1 && hidden >= 1, "lstm_cell: sizes must be positive");
   py::gil_scoped_release unlocked;
   lstm_cell({batch, inputs, hidden, pointer<const float>(input), pointer<const float>(h), pointer<const float>(c),
              pointer<const float>(w_ih), pointer<const float>(w_hh), pointer<const float>(bias),
-             pointer<float>(h_out), pointer<float>(c_out), threads});
+             pointer<float>(h_out), pointer<float>(c_out), pointer<float>(output), threads});
 }
 
 }  // namespace
 
 void bind_lstm(py::module_& m) {
   m.def("pack_panels", &pack);
-  m.def("sample_hash", &sample_hash);
+  py::class_<Samples>(m, "Samples")
+      .def(py::init<const std::vector<std::pair<address, int64_t>>&>())
+      .def("unchanged", &Samples::unchanged);
   m.def("packed_size", &packed_size);
   m.def("lstm_forward", &forward);
   m.def("lstm_forward_scratch", &lstm_forward_scratch);

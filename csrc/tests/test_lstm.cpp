@@ -241,10 +241,10 @@ FASTLM_TEST(lstm_cell_gives_the_bits_of_the_layer) {
       const Floats w_ih = packed(l.w_ih, 33, 4 * hidden, 1, 33, true),
                    w_hh = packed(l.w_hh, hidden, 4 * hidden, 1, hidden, true),
                    bias = packed(l.bias, 1, 4 * hidden, 0, 1, true);
-      Floats h = unwritten(batch * hidden), c = l.c0;
+      Floats h = unwritten(batch * hidden), c = l.c0, output = unwritten(batch * hidden);
       fastlm::lstm_cell({batch, 33, hidden, l.input.data(), l.h0.data(), c.data(), w_ih.data(), w_hh.data(),
-                         bias.data(), h.data(), c.data(), 2});
-      CHECK(same(h, layer.h_n) && same(c, layer.c_n));
+                         bias.data(), h.data(), c.data(), output.data(), 2});
+      CHECK(same(h, layer.h_n) && same(c, layer.c_n) && same(output, layer.h_n));
     }
 }
 

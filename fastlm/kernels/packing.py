@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastlm.kernels import native
 
-__all__ = ["cached", "clear", "pack"]
+__all__ = ["cached", "clear", "find", "pack"]
 
 T = TypeVar("T")
 
@@ -40,67 +40,74 @@ def pack(matrix: Tensor, *, gates: bool = False) -> Tensor:
 
 
 class _Entry(NamedTuple):
-    references: tuple[weakref.ref[Tensor] | None, ...]
-    stamp: Hashable
+    marks: list[Any]
+    samples: Any
+    references: tuple[weakref.ref[Tensor], ...]
     value: Any
 
 
+# By the identities of the sources. Identity of a live tensor: an entry goes as soon as one of its sources does.
 _entries: dict[Hashable, _Entry] = {}
 
 
-def _stamp(sources: Sequence[Tensor | None]) -> Hashable:
-    """What is different after a change: versions (in-place operations, optimizers, `load_state_dict`), addresses
-    (`.data = ...`), and a hash of a few values of each, since a write through `.data` leaves no other trace."""
-    marks: list[int] = [native.CPU.require().simd_lanes()]
-    spans: list[tuple[int, int]] = []
+def _marks(sources: Sequence[Tensor | None]) -> list[Any]:
+    """What a change leaves behind: versions (in-place operations, optimizers, `load_state_dict`), and addresses and
+    layouts (`.data = ...`)."""
+    marks: list[Any] = []
     for source in sources:
         if source is not None:
-            address = source.data_ptr()
-            marks += (source._version, address)
-            if source.is_contiguous():
-                spans.append((address, source.numel()))
-    marks.append(native.CPU.require().sample_hash(spans))
-    return tuple(marks)
+            marks += (source._version, source.data_ptr(), source.shape, source.stride())
+    return marks
 
 
-def cached(kind: str, sources: Sequence[Tensor | None], make: Callable[[], T]) -> T:
-    """`make()`, or what it returned the last time for these very tensors if none has changed since.
+def find(kind: str, sources: Sequence[Tensor | None]) -> Any | None:
+    """What `cached` remembers of these very tensors, None if that is nothing or they have changed since.
+
+    Between two uses of a large weight everything else is out of the processor's caches, so what this touches is what it
+    costs: one entry, the sources' headers, and the sampled values.
+    """
+    entry = _entries.get((kind, *map(id, sources)))
+    # The samples last: their addresses are those of the sources only where the marks agree.
+    if entry is not None and entry.marks == _marks(sources) and entry.samples.unchanged():
+        return entry.value
+    return None
+
+
+def cached(kind: str, sources: Sequence[Tensor | None], make: Callable[..., T]) -> T:
+    """`make(*sources)`, or what it returned the last time for these very tensors if none has changed since.
 
     Never stale after in-place operations, optimizer steps, `load_state_dict`, or `.data = other`. A write through
-    `.data` in place (`p.data.mul_(2)`) goes unrecorded by torch; it is noticed by a sample of the values, which a
-    change to a few elements alone can escape: call `clear` after such surgery, or write under `torch.no_grad()`.
+    `.data` in place (`p.data.mul_(2)`) goes unrecorded by torch; it is noticed by a sample of four values of each
+    source, the first and the last among them, which a change to a few elements alone can escape: call `clear` after
+    such surgery, or write under `torch.no_grad()`.
 
     Nothing is kept for inference tensors (they record no version). Entries go when a source tensor goes. Safe to call
     from several threads: at worst each packs for itself.
 
     Args:
         kind: what is made of the sources; part of the key.
-        sources: float32 CPU tensors; the first is not None.
+        sources: float32 CPU tensors, or None.
+        make: returns anything but None.
     """
-    if any(source is not None and source.is_inference() for source in sources):
-        return make()
-    key = (kind, id(sources[0]))
-    stamp = _stamp(sources)
-    entry = _entries.get(key)
-    if (
-        entry is not None
-        and entry.stamp == stamp
-        and all(
-            (reference is None and source is None) or (reference is not None and reference() is source)
-            for reference, source in zip(entry.references, sources, strict=True)
-        )
-    ):
-        value: T = entry.value
-        return value
-    value = make()
+    found: T | None = find(kind, sources)
+    if found is not None:
+        return found
+    present = [source for source in sources if source is not None]
+    if any(source.is_inference() for source in present):
+        return make(*sources)
+    marks = _marks(sources)  # before packing, in case another thread changes a source meanwhile
+    spans = [(source.data_ptr(), source.numel()) for source in present if source.is_contiguous()]
+    samples = native.CPU.require().Samples(spans)
+    value = make(*sources)
+    key = (kind, *map(id, sources))
 
     def forget(reference: weakref.ref[Tensor]) -> None:
         found = _entries.get(key)
         if found is not None and any(reference is other for other in found.references):
             _entries.pop(key, None)
 
-    references = tuple(None if source is None else weakref.ref(source, forget) for source in sources)
-    _entries[key] = _Entry(references, stamp, value)
+    references = tuple(weakref.ref(source, forget) for source in present)
+    _entries[key] = _Entry(marks, samples, references, value)
     return value
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import ops
+from fastlm.ops.lstm import streaming_step
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"]
 
@@ -114,6 +115,20 @@ class LSTM(_Sequence):
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device, dtype,
         )  # fmt: skip
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As `torch.nn.LSTM`'s."""
+        if (
+            hx is not None
+            and not torch.is_grad_enabled()
+            and isinstance(input, Tensor)
+            and self.num_layers == 1
+            and not (self.bidirectional or self.proj_size)
+        ):
+            found = streaming_step(input, hx, self._weights(), self.batch_first)
+            if found is not None:
+                return found
+        return super().forward(input, hx)
 
     def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, ...]:
         layers = self.num_layers * (2 if self.bidirectional else 1)

@@ -16,8 +16,9 @@ from torch.nn import Parameter
 
 from fastlm.kernels import native
 from fastlm.ops.checks import describe
+from fastlm.ops.registry import choosing
 
-__all__ = ["autograd_by_reference", "needs_grad", "opaque_kernel_why_not", "tracing"]
+__all__ = ["autograd_by_reference", "needs_grad", "opaque_kernel_why_not", "tracing", "undisturbed"]
 
 
 def tracing() -> bool:
@@ -39,6 +40,15 @@ def opaque_kernel_why_not(module: native.NativeModule, *tensors: Tensor | None) 
             tensor.dtype is torch.float32 and tensor.is_cpu and (type(tensor) is Parameter or type(tensor) is Tensor)
         ):
             return f"a {type(tensor).__name__} of {describe(tensor)}: the kernel takes plain float32 on the CPU"
+    return _transform()
+
+
+def undisturbed() -> bool:
+    """Whether this is plain inference: no gradients, nothing that traces or transforms, no backend forced."""
+    return not (tracing() or torch.is_grad_enabled()) and choosing() and _transform() is None
+
+
+def _transform() -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "inside a transform of torch.func"
     if forward_ad._current_level >= 0:

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BACKENDS", "Explanation", "Implementation", "Op", "backend", "explain", "forced_backend"]
+__all__ = ["BACKENDS", "Explanation", "Implementation", "Op", "backend", "choosing", "explain", "forced_backend"]
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 """Names an implementation can have: plain PyTorch as the specification, PyTorch's own fused operator, and ours."""
@@ -103,6 +103,11 @@ _OPS: dict[str, Op] = {}
 def all_ops() -> dict[str, Op]:
     """Every registered op by name."""
     return dict(_OPS)
+
+
+def choosing() -> bool:
+    """Whether ops choose their implementation themselves and run it: none is forced, `explain` is not asking."""
+    return _forced.get() is None and not _explaining.get()
 
 
 def forced_backend() -> str | None:

@@ -77,6 +77,7 @@ struct LstmCell {
   const float* bias;
   float* h_out;  // [B, H] out; may not be h
   float* c_out;  // [B, H] out; may be c
+  float* output;  // [B, H] out: h_out once more, in memory of its own, or null
   int threads;
 };
 void lstm_cell(const LstmCell& args);

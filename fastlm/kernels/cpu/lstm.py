@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.packing import cached, pack
+from fastlm.kernels.packing import cached, find, pack
 
-__all__ = ["Gradients", "Saved", "cell", "layer_backward", "layer_forward"]
+__all__ = ["Gradients", "Saved", "cell", "layer_backward", "layer_forward", "prepared_cell"]
 
 
 class _Packed(NamedTuple):
@@ -28,6 +28,10 @@ class _Packed(NamedTuple):
     w_hh: Tensor
     bias: Tensor
     w_hr: Tensor | None
+    inputs: int
+    hidden: int
+    addresses: tuple[int, int, int]
+    """Of w_ih, w_hh and bias."""
 
 
 class Saved(NamedTuple):
@@ -52,20 +56,14 @@ class Gradients(NamedTuple):
     c0: Tensor | None
 
 
-def _packed(
-    w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None
-) -> _Packed:
-    def make() -> _Packed:
-        biases = [bias.detach() for bias in (b_ih, b_hh) if bias is not None]
-        total = sum(biases[1:], biases[0]) if biases else torch.zeros(w_ih.shape[0])
-        return _Packed(
-            pack(w_ih.t(), gates=True),
-            pack(w_hh.t(), gates=True),
-            pack(total[None], gates=True),
-            None if w_hr is None else pack(w_hr.t()),
-        )
-
-    return cached("lstm", (w_ih, w_hh, b_ih, b_hh, w_hr), make)
+def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None) -> _Packed:
+    biases = [bias.detach() for bias in (b_ih, b_hh) if bias is not None]
+    total = sum(biases[1:], biases[0]) if biases else torch.zeros(w_ih.shape[0])
+    shared = pack(w_ih.t(), gates=True), pack(w_hh.t(), gates=True), pack(total[None], gates=True)
+    projection = None if w_hr is None else pack(w_hr.t())
+    rows, inputs = w_ih.shape
+    ih, hh, bias = (tensor.data_ptr() for tensor in shared)
+    return _Packed(*shared, projection, inputs, rows // 4, (ih, hh, bias))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -107,7 +105,8 @@ def layer_forward(
     rows, inputs = input.shape
     batch, outputs = h0.shape
     hidden = c0.shape[1]
-    packed = _packed(w_ih, w_hh, b_ih, b_hh, w_hr)
+    biased = (w_ih, w_hh, b_ih, b_hh)
+    packed = cached("lstm", biased if w_hr is None else (*biased, w_hr), _pack)
     input, h0, c0 = input.contiguous(), h0.contiguous(), c0.contiguous()
     output, h_n, c_n = input.new_empty(rows, outputs), torch.empty_like(h0), torch.empty_like(c0)
     gates = cells = unprojected = None
@@ -170,8 +169,8 @@ def layer_backward(
     rows = input.shape[0]
     batch, outputs = h0.shape
     hidden = c0.shape[1]
-    columns = cached("columns", (w_hh,), lambda: pack(w_hh))
-    projection = None if w_hr is None else cached("columns", (w_hr,), lambda: pack(w_hr))
+    columns = cached("columns", (w_hh,), pack)
+    projection = None if w_hr is None else cached("columns", (w_hr,), pack)
     grads = [None if grad is None else grad.contiguous() for grad in (grad_output, grad_h_n, grad_c_n)]
     grad_gates = input.new_empty(rows, 4 * hidden)
     grad_projected = None if w_hr is None else input.new_empty(rows, outputs)
@@ -228,22 +227,45 @@ def cell(
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One step for a batch: input [B, I], h and c [B, H] -> the next h and c. The same bits as `layer_forward`."""
-    packed = _packed(w_ih, w_hh, b_ih, b_hh)
-    input, h, c = input.contiguous(), h.contiguous(), c.contiguous()
-    batch, inputs = input.shape
+    packed = cached("lstm", (w_ih, w_hh, b_ih, b_hh), _pack)
+    return _cell(packed, input.contiguous(), h.contiguous(), c.contiguous(), None)
+
+
+def prepared_cell(
+    input: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor | None], copy: bool
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """`cell` for weights that it has packed before, as (h, c, a copy of h or None), or None where it has not.
+
+    Also None unless input is [..., I], h and c [..., H], all plain, contiguous, float32 and on the CPU. Of the weights
+    (w_ih, w_hh, b_ih, b_hh) the packed ones prove as much.
+    """
+    for tensor in (input, h, c):
+        if not (type(tensor) is Tensor and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()):
+            return None
+    packed = find("lstm", weights)
+    if packed is None:
+        return None
+    *batch, inputs = input.shape
+    shape = h.shape
+    if shape != c.shape or shape != (*batch, packed.hidden) or inputs != packed.inputs or input.numel() == 0:
+        return None
+    output = torch.empty_like(h) if copy else None
+    return *_cell(packed, input, h, c, output), output
+
+
+def _cell(packed: _Packed, input: Tensor, h: Tensor, c: Tensor, output: Tensor | None) -> tuple[Tensor, Tensor]:
     h_out, c_out = torch.empty_like(h), torch.empty_like(c)
     native.CPU.require().lstm_cell(
-        batch,
-        inputs,
-        h.shape[1],
+        h.numel() // packed.hidden,
+        packed.inputs,
+        packed.hidden,
         input.data_ptr(),
         h.data_ptr(),
         c.data_ptr(),
-        packed.w_ih.data_ptr(),
-        packed.w_hh.data_ptr(),
-        packed.bias.data_ptr(),
+        *packed.addresses,
         h_out.data_ptr(),
         c_out.data_ptr(),
+        0 if output is None else output.data_ptr(),
         native.num_threads(),
     )
     return h_out, c_out
