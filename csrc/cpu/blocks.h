@@ -50,11 +50,14 @@ FASTLM_INLINE vf from_half(vi words) {
 #endif
 }
 
-FASTLM_INLINE float half_at(const uint8_t* p) {
-#if defined(__F16C__)
-  return _cvtsh_ss(load_as<uint16_t>(p));
+// The half at p in every lane.
+FASTLM_INLINE vf broadcast_half(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_set1_epi16(load_as<int16_t>(p)));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_set1_epi16(load_as<int16_t>(p)));
 #else
-  return from_half(vi{} + load_as<uint16_t>(p))[0];
+  return from_half(vi{} + load_as<uint16_t>(p));
 #endif
 }
 
@@ -86,18 +89,18 @@ FASTLM_INLINE void decode(const uint8_t* block, vf (&w)[kVectors]) {
       w[i] = kind == WeightKind::kF16 ? from_half(words) : as_float(words << 16);
     }
   } else if constexpr (kind == WeightKind::kQ8_0) {
-    const float scale = half_at(block);
+    const vf scale = broadcast_half(block);
     bytes_to_float(load_as<vbyte16>(block + 2), w, 0);
     bytes_to_float(load_as<vbyte16>(block + 18), w, kVectors / 2);
     for (int i = 0; i < kVectors; ++i) w[i] *= scale;
   } else {
     const vbyte16 packed = load_as<vbyte16>(block + (kind == WeightKind::kQ4_1 ? 4 : 2));
-    const float scale = half_at(block);
+    const vf scale = broadcast_half(block);
     const vbyte16 offset = vbyte16{} + static_cast<int8_t>(kind == WeightKind::kQ4_0 ? 8 : 0);
     bytes_to_float((packed & 15) - offset, w, 0);
     bytes_to_float(((packed >> 4) & 15) - offset, w, kVectors / 2);
     if constexpr (kind == WeightKind::kQ4_1) {
-      const float minimum = half_at(block + 2);
+      const vf minimum = broadcast_half(block + 2);
       for (int i = 0; i < kVectors; ++i) w[i] = w[i] * scale + minimum;
     } else {
       for (int i = 0; i < kVectors; ++i) w[i] *= scale;
