@@ -55,11 +55,12 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
         return f"weight is {dense.dtype}{'' if dense.is_contiguous() else ', not contiguous'}"
     if needs_grad(input, bias, dense):
         return "a gradient is wanted"
+    # [B, 1, K] is a step of decoding, where the size of the batch must not change a row's result.
+    if input.dim() == 3 and input.shape[1] == 1:
+        return None
     rows = input.numel() // max(input.shape[-1], 1)
     few = FEW_ROWS_INTEGER if _integer(weight, compute) else FEW_ROWS
-    # [B, 1, K] is a step of decoding, where the size of the batch must not change a row's result.
-    one_token = input.dim() == 3 and input.shape[1] == 1
-    if rows > few and not one_token and forced_backend() != "cpu":
+    if rows > few and forced_backend() != "cpu":
         return f"{rows} rows: a matrix product is quicker beyond {few}"
     return None
 
@@ -186,7 +187,7 @@ def linear(
     shape = weight.shape
     if len(shape) != 2:
         raise ValueError(f"linear: weight is {list(shape)}, expected [outputs, inputs]")
-    if input.shape[-1:] != shape[1:] or not input.is_floating_point():
+    if input.dim() == 0 or input.shape[-1] != shape[1] or not input.is_floating_point():
         raise ValueError(
             f"linear: input is {describe(input)}, expected floats [..., {shape[1]}] for a weight of {list(shape)}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -13,7 +14,16 @@ __all__ = ["dequantize_rows", "linear"]
 
 BLOCK = 32
 CPU = torch.device("cpu")  # buffers are here whatever torch's default device and dtype are
-_local = threading.local()
+
+
+class _Held(threading.local):
+    """A thread's scratch memory, and what is asked of it at each call."""
+
+    memory: Tensor | None = None
+    address = blocks = 0
+
+
+_held = _Held()
 
 
 def linear(input: Tensor, weight: Tensor, code: int, outputs: int, bias: Tensor | None, *, integer: bool) -> Tensor:
@@ -30,35 +40,36 @@ def linear(input: Tensor, weight: Tensor, code: int, outputs: int, bias: Tensor 
     Returns:
         [..., N] in the input's dtype.
     """
-    shape = input.shape
-    columns = shape[-1]
+    # A decode step comes here hundreds of times, for products of a few microseconds: every attribute counts.
+    *batch, columns = input.shape
     dtype = input.dtype
-    x = input if dtype == torch.float32 and input.is_contiguous() else input.float().contiguous()
+    x = input if dtype is torch.float32 and input.is_contiguous() else input.float().contiguous()
     b = bias if bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()) else bias.float().contiguous()
-    output = torch.empty((*shape[:-1], outputs), dtype=torch.float32, device=CPU)
-    rows = output.numel() // outputs if outputs else 0
-    module = native.CPU.require()
+    output = x.new_empty((*batch, outputs))
+    rows = math.prod(batch)
+    module = native.CPU.module or native.CPU.require()
     module.linear(
         x.data_ptr(),
         weight.data_ptr(),
         0 if b is None else b.data_ptr(),
         output.data_ptr(),
-        _scratch(rows * columns // BLOCK * module.INPUT_BLOCK_BYTES) if integer else 0,
+        _scratch(rows * columns // BLOCK) if integer else 0,
         rows,
         outputs,
         columns,
         code,
         native.num_threads(),
     )
-    return output if dtype == torch.float32 else output.to(dtype)
+    return output if dtype is torch.float32 else output.to(dtype)
 
 
-def _scratch(size: int) -> int:
-    """The address of `size` bytes that are this thread's until its next call: a decode step has hundreds of calls."""
-    held: Tensor | None = getattr(_local, "scratch", None)
-    if held is None or held.numel() < size:
-        held = _local.scratch = torch.empty(max(size, 1 << 16), dtype=torch.uint8, device=CPU)
-    return held.data_ptr()
+def _scratch(blocks: int) -> int:
+    """The address of `blocks` InputBlocks that are this thread's until its next call."""
+    if _held.blocks < blocks:
+        count = max(blocks, 1 << 10)
+        _held.memory = torch.empty(count * native.CPU.require().INPUT_BLOCK_BYTES, dtype=torch.uint8, device=CPU)
+        _held.address, _held.blocks = _held.memory.data_ptr(), count
+    return _held.address
 
 
 def dequantize_rows(
