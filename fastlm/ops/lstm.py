@@ -9,8 +9,9 @@ import torch
 from torch import _VF, Tensor
 from torch.autograd import forward_ad
 
-from fastlm.kernels import native
+from fastlm.kernels import cuda, native
 from fastlm.kernels.cpu import lstm as kernel
+from fastlm.ops.checks import refuse
 from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing, undisturbed
 from fastlm.ops.recurrent import SequenceOp, check_cell, torch_sequence
 from fastlm.ops.registry import Implementation, Op, always
@@ -165,6 +166,15 @@ def _cpu_cell_why_not(input: Tensor, *tensors: Tensor | None) -> str | None:
     return opaque_kernel_why_not(native.CPU, input, *tensors)
 
 
+def _cuda_cell_why_not(input: Tensor, *tensors: Tensor | None) -> str | None:
+    given = [tensor for tensor in (input, *tensors) if tensor is not None]
+    return cuda.unavailable() or refuse(
+        (any(not tensor.is_cuda for tensor in given), "a tensor is not on a CUDA device"),
+        (any(tensor.dtype != torch.float32 for tensor in given), "a tensor is not float32"),
+        (needs_grad(*given), "a gradient is wanted"),
+    )
+
+
 def _torch_why_not(*_: Any) -> str | None:
     if forward_ad._current_level >= 0:
         return "torch's own LSTM has no forward-mode derivative"
@@ -192,6 +202,8 @@ LSTM_CELL = Op(
     [
         Implementation("cpu", _cpu_cell, _cpu_cell_why_not),
         Implementation("torch", _torch_cell, always),
+        # After torch's, which is fused as well, until there are measurements on a GPU that put it first.
+        Implementation("cuda", cuda.lstm_cell, _cuda_cell_why_not),
         Implementation("reference", reference.lstm_cell, always),
     ],
 )
