@@ -33,7 +33,11 @@ def collect() -> dict[str, Any]:
     module = native.CPU.module
     return {
         "versions": versions,
-        "machine": {"system": platform.platform(), "processor": _processor(), "threads": native.num_threads()},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": _processor(),
+            "threads": native.num_threads(),
+        },
         "modules": {
             "_native": native.CPU.error or "loaded",
             "_cuda": native.CUDA.error or "loaded",
