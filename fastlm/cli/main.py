@@ -51,8 +51,8 @@ def _options(
 def main() -> None:
     """Entry point of the `fastlm` script."""
     # Read once, when torch loads the OpenMP runtime: how long an idle thread spins before it sleeps. The default of
-    # milliseconds starves other processes (and, on a busy machine, this one's own threads: several times slower measured);
-    # these tens of microseconds still bridge the gap between two kernels.
+    # milliseconds starves other processes and, on a busy machine, this one's own threads; these tens of microseconds
+    # still bridge the gap between two kernels (docs/performance.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     run(app)
 
