@@ -94,11 +94,11 @@ class Case:
     def has(self, name: str) -> bool:
         return not (name.startswith("b_") and self.names[2] is None)
 
-    def check(self, found: dict[str, Tensor]) -> None:
+    def check(self, found: dict[str, Tensor], *, floor: float = 2e-6) -> None:
         exact, peer = self.torch(torch.float64), self.torch(torch.float32)
         assert found.keys() == exact.keys()
         for name, value in found.items():
-            assert_close_to_reference(value, peer[name], exact[name], floor=2e-6)
+            assert_close_to_reference(value, peer[name], exact[name], floor=floor)
 
 
 RAGGED = [7, 7, 5, 2, 2, 1]
@@ -134,10 +134,13 @@ def test_agrees_with_torch_without_bias(isa: str) -> None:
     st.integers(0, 20),
     st.lists(st.integers(1, 9), min_size=1, max_size=8),
     st.booleans(),
+    st.integers(0, 2**31),
 )
-def test_any_shape(inputs: int, hidden: int, projected: int, sizes: list[int], reverse: bool) -> None:
+def test_any_shape(inputs: int, hidden: int, projected: int, sizes: list[int], reverse: bool, seed: int) -> None:
+    torch.manual_seed(seed)
     case = Case(inputs, hidden, min(projected, hidden - 1), sorted(sizes, reverse=True), reverse=reverse)
-    case.check(case.native())
+    # A result of one number may be what is left of terms a hundred times larger, and torch's error in it nothing.
+    case.check(case.native(), floor=1e-5)
 
 
 @pytest.mark.parametrize("projected", [0, 24])
