@@ -100,7 +100,8 @@ def remove_leftovers(run: str | Path) -> None:
     """Deletes what a killed process had begun to write into a run folder. No other process may be writing there."""
     for path in (*Path(run, FOLDER).glob(".step-*.tmp"), *Path(run).glob(".tokenizer.*")):
         shutil.rmtree(path, ignore_errors=True)
-    for path in Path(run).glob(".*.tmp"):
+    # The second pattern is that of the safetensors library, which writes through a temporary file of its own.
+    for path in (*Path(run).glob(".*.tmp"), *Path(run).glob(".tmp" + "[A-Za-z0-9]" * 6)):
         path.unlink(missing_ok=True)
 
 

@@ -68,6 +68,7 @@ def test_leftovers_of_a_killed_writer_are_no_checkpoints_and_go(tmp_path: Path) 
     half = tmp_path / "checkpoints" / ".step-00000007.123.tmp"
     half.mkdir()
     (tmp_path / ".fastlm.json.123.tmp").write_text("{")
+    (tmp_path / ".tmpwM7lMz").write_text("half a safetensors file")
     (tmp_path / "log.jsonl").write_text("")
     assert resume.checkpoints(tmp_path) == [good]
     resume.remove_leftovers(tmp_path)
