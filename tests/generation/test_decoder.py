@@ -101,7 +101,8 @@ def test_rows_that_end_early_leave_the_others_alone(model: CausalLM) -> None:
 def test_equal_prompts_draw_differently_and_reproducibly(model: CausalLM) -> None:
     three = _ids(model, [[1, 2]] * 3, max_new_tokens=12, seed=9)
     assert len({tuple(row) for row in three}) == 3
-    assert three == _ids(model, [[1, 2], [5], [1, 2], [1, 2]], max_new_tokens=12, seed=9)[::2][:1] + three[1:]
+    mixed = _ids(model, [[1, 2], [5], [1, 2], [1, 2]], max_new_tokens=12, seed=9)
+    assert [mixed[0], mixed[2], mixed[3]] == three
     assert _ids(model, [[1, 2]], max_new_tokens=12, seed=9)[0] == three[0]
     assert _ids(model, [[1, 2]], max_new_tokens=12, seed=10)[0] != three[0]
 
