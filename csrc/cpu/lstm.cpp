@@ -42,6 +42,15 @@ FASTLM_INLINE int lanes_left(int64_t columns, int64_t at) {
   return columns - at < kLanes ? static_cast<int>(columns - at) : kLanes;
 }
 
+// Visits a thread's panels to and fro: one pass over the weights from the first to the last, the next one back. A pass
+// then begins with the panels that the one before left in the level-2 cache; always in one direction, it would find none
+// of them there, each having been pushed out just before its turn.
+template <typename Visit>
+FASTLM_INLINE void sweep(Range panels, bool& back, const Visit& visit) {
+  for (int64_t i = panels.begin; i < panels.end; ++i) visit(back ? panels.begin + panels.end - 1 - i : i);
+  back = !back;
+}
+
 // Goes over the steps in the order of the recurrence, or against it.
 class Walk {
  public:
@@ -124,6 +133,7 @@ class Forward {
   void run(int thread, int threads, Barrier& barrier) {
     const Range own = share(panels_, thread, threads);
     const Range own_outputs = share(panels_for(a.outputs, kPanel), thread, threads);
+    bool back = false;
     Walk ahead(a.batch_sizes, a.steps, total_, a.reverse);
     Walk step = ahead;
     while (!step.done()) {
@@ -141,8 +151,9 @@ class Forward {
         panel_product(input, high - low, a.w_ih + u * a.inputs * kPanel, a.inputs, gates, kPanel);
       }
       for (; !step.done() && step.begin >= low && step.begin < high; step.advance()) {
-        for (int64_t u = own.begin; u < own.end; ++u)
+        sweep(own, back, [&](int64_t u) {
           hidden_panel(step, u, gates_ + (u * gate_rows_ + step.begin - base) * kPanel);
+        });
         barrier.wait();
         if (a.w_hr != nullptr) {
           for (int64_t p = own_outputs.begin; p < own_outputs.end; ++p) project_panel(step, p);
@@ -220,6 +231,7 @@ class Backward {
     const Range outputs = share(panels_for(a.outputs, kPanel), thread, threads);
     const Range hidden = share(panels_for(a.hidden, kPanel), thread, threads);
     const int64_t batch = a.batch_sizes[0];
+    bool back = false;
     copy_columns(outputs, batch, a.outputs, a.grad_h_n, a.outputs, carry_, stride_);
     copy_columns(hidden, batch, a.hidden, a.grad_c_n, a.hidden, a.grad_c0, a.hidden);
     for (Walk step(a.batch_sizes, a.steps, total_, !a.reverse); !step.done(); step.advance()) {
@@ -231,11 +243,11 @@ class Backward {
       if (a.w_hr != nullptr) barrier.wait();
       for (int64_t p = hidden.begin; p < hidden.end; ++p) gates_panel(step, p);
       barrier.wait();
-      for (int64_t p = outputs.begin; p < outputs.end; ++p) {
+      sweep(outputs, back, [&](int64_t p) {
         zero_panel(carry_ + p * kPanel, step.rows(), stride_);
         panel_product({a.grad_gates + step.begin * 4 * a.hidden, nullptr, step.rows(), 4 * a.hidden}, step.rows(),
                       a.w_hh + p * 4 * a.hidden * kPanel, 4 * a.hidden, carry_ + p * kPanel, stride_);
-      }
+      });
     }
     copy_columns(outputs, batch, a.outputs, carry_, stride_, a.grad_h0, a.outputs);
   }
@@ -351,9 +363,9 @@ void lstm_cell(const LstmCell& a) {
   const int64_t panels = panels_for(a.hidden, kLanes);
   const int team = useful_threads(a.threads, a.batch * 4 * a.hidden * (a.inputs + a.hidden), panels);
   parallel(team, [&](int thread, int threads, Barrier&) {
-    const Range own = share(panels, thread, threads);
     alignas(64) float gates[kTile * kPanel];
-    for (int64_t u = own.begin; u < own.end; ++u) {
+    static thread_local bool back = false;  // from one step to the next: most often they use the same weights
+    sweep(share(panels, thread, threads), back, [&](int64_t u) {
       const int64_t at = u * kLanes;
       const int n = lanes_left(a.hidden, at);
       for (int64_t low = 0; low < a.batch; low += kTile) {
@@ -370,7 +382,7 @@ void lstm_cell(const LstmCell& a) {
           if (a.output != nullptr) store_lanes(a.output + cell, h, n);
         }
       }
-    }
+    });
   });
 }
 
