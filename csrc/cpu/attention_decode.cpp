@@ -2,9 +2,9 @@
 // heads that share them.
 //
 // A sequence's keys are cut into chunks at fixed positions. A task is one chunk of one key/value head: it leaves, for
-// each query, the chunk's largest score, its sum of exponentials and its weighted sum of values in scratch. Whoever
-// finishes the last chunk of a head merges them in order. So the tasks can go to any thread, and the numbers still
-// depend on the sequence alone.
+// each query, the chunk's largest score, its sum of exponentials and its weighted sum of values in scratch. Once all
+// are done, each query's chunks are merged in order. So the tasks can go to any thread, and the numbers still depend
+// on the sequence alone.
 #include "fastlm/attention_decode.h"
 
 #include <utility>
@@ -15,7 +15,7 @@
 namespace fastlm {
 namespace FASTLM_ISA {
 
-static constexpr int kChunk = 256;       // keys per task; a multiple of every kLanes
+static constexpr int kChunk = 64;        // keys per task, so that a short context keeps all threads busy; a multiple of kLanes
 static constexpr int kKeysInL1 = 32;     // values that stay in the first cache while all queries take their share
 static constexpr int kRows = 16;         // queries scored together: bounds the stack
 static constexpr int64_t kTokens = 32;   // new tokens per pass: bounds the scratch
@@ -38,9 +38,8 @@ static inline Visible visible(const AttentionDecode& a, int64_t b, int64_t token
 struct Pass {
   const AttentionDecode* a;
   int64_t first, tokens;
-  int64_t chunks;     // most chunks of any sequence
-  int32_t* finished;  // [batch, kv_heads], chunks done
-  float* partial;     // [batch, heads, tokens, chunks, dim + 2]: weighted sum, largest score, sum of exponentials
+  int64_t chunks;  // most chunks of any sequence
+  float* partial;  // [batch, heads, tokens, chunks, dim + 2]: weighted sum, largest score, sum of exponentials
 
   int64_t first_chunk(int64_t b) const { return visible(*a, b, first).low / kChunk; }
   int64_t chunk_count(int64_t b) const {
@@ -52,10 +51,8 @@ struct Pass {
 };
 
 static inline Pass make_pass(const AttentionDecode& a, int64_t first) {
-  Pass pass = {&a, first, smaller(kTokens, a.tokens - first), 0, nullptr, nullptr};
+  Pass pass = {&a, first, smaller(kTokens, a.tokens - first), 0, a.scratch};
   for (int64_t b = 0; b < a.batch; ++b) pass.chunks = larger(pass.chunks, pass.chunk_count(b));
-  pass.finished = reinterpret_cast<int32_t*>(a.scratch);
-  pass.partial = a.scratch + a.batch * a.kv_heads;
   return pass;
 }
 
@@ -242,38 +239,36 @@ int64_t attention_decode_check(const AttentionDecode& a) {
   return 0;
 }
 
-int64_t attention_decode_scratch(const AttentionDecode& a) {
-  int64_t partials = 0;
-  for (int64_t first = 0; first < a.tokens; first += kTokens) {
-    const Pass pass = make_pass(a, first);
-    partials = larger(partials, pass.tokens * pass.chunks);
-  }
-  return a.batch * a.kv_heads + a.batch * a.heads * partials * (a.dim + 2);
+int64_t attention_decode_scratch(const AttentionDecode& a, int64_t longest) {
+  // A window can begin and end within a chunk, and new tokens add to what one of them sees.
+  const int64_t keys = a.window < longest ? smaller(a.window + smaller(a.tokens, kTokens), longest) : longest;
+  const int64_t chunks = smaller(keys / kChunk + 2, longest / kChunk + 1);
+  return a.batch * a.heads * smaller(a.tokens, kTokens) * chunks * (a.dim + 2);
 }
 
 void attention_decode(const AttentionDecode& a) {
   for (int64_t first = 0; first < a.tokens; first += kTokens) {
-    const Pass pass = make_pass(a, first);
-    int64_t keys = 0;
-    for (int64_t b = 0; b < a.batch; ++b) keys += smaller(pass.chunk_count(b) * kChunk, a.lengths[b]);
-    for (int64_t i = 0; i < a.batch * a.kv_heads; ++i) pass.finished[i] = 0;
-    const int64_t bytes = keys * a.kv_heads * a.dim * 2 * static_cast<int64_t>(sizeof(float));
-    const int threads = static_cast<int>(larger(1, smaller(a.threads, bytes / kBytesPerThread)));
-    const int64_t tasks = a.batch * a.kv_heads * pass.chunks;
-    int64_t next = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks) break;
-      const int64_t chunk = task % pass.chunks, unit = task / pass.chunks;
-      const int64_t b = unit / a.kv_heads, kv_head = unit % a.kv_heads;
-      if (chunk >= pass.chunk_count(b)) continue;  // a shorter sequence
-      run_task(pass, b, kv_head, chunk);
-      if (__atomic_add_fetch(&pass.finished[unit], 1, __ATOMIC_ACQ_REL) < pass.chunk_count(b)) continue;
-      const int64_t group = a.heads / a.kv_heads;
-      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-        for (int64_t token = 0; token < pass.tokens; ++token) merge(pass, b, head, token);
-    }
+    const int64_t wanted = agree([&] {
+      const Pass pass = make_pass(a, first);
+      int64_t keys = 0;
+      for (int64_t b = 0; b < a.batch; ++b) keys += smaller(pass.chunk_count(b) * kChunk, a.lengths[b]);
+      const int64_t bytes = keys * a.kv_heads * a.dim * 2 * static_cast<int64_t>(sizeof(float));
+      return larger(1, smaller(a.threads, bytes / kBytesPerThread));
+    });
+    parallel(static_cast<int>(wanted), [&](int thread, int threads, Barrier& barrier) {
+      const Pass pass = make_pass(a, first);
+      const Range tasks = share(a.batch * a.kv_heads * pass.chunks, thread, threads);
+      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+        const int64_t chunk = task % pass.chunks, unit = task / pass.chunks, b = unit / a.kv_heads;
+        if (chunk < pass.chunk_count(b)) run_task(pass, b, unit % a.kv_heads, chunk);  // else a shorter sequence
+      }
+      barrier.wait();
+      const Range queries = share(a.batch * a.heads * pass.tokens, thread, threads);
+      for (int64_t i = queries.begin; i < queries.end; ++i) {
+        const int64_t unit = i / pass.tokens;
+        merge(pass, unit / a.heads, unit % a.heads, i % pass.tokens);
+      }
+    });
   }
 }
 

@@ -7,6 +7,9 @@
 
 #include "fastlm/activation.h"
 #include "fastlm/attention_decode.h"
+#include "fastlm/elementwise.h"
+#include "fastlm/kv_append.h"
+#include "fastlm/layer_norm.h"
 #include "fastlm/linear.h"
 #include "fastlm/lstm.h"
 #include "fastlm/math.h"
@@ -20,11 +23,16 @@
   X(int64_t, sample, (const SampleArgs& args), (args))                              \
   X(int, simd_lanes, (), ())                                                        \
   X(void, activation, (const Activation& a), (a))                                   \
+  X(void, add, (const Add& a), (a))                                                 \
+  X(void, copy_rows, (const CopyRows& a), (a))                                      \
+  X(void, kv_append, (const KvAppend& a), (a))                                      \
+  X(void, layer_norm, (const LayerNorm& a), (a))                                    \
+  X(void, offset, (const Offset& a), (a))                                           \
   X(void, linear, (const LinearArgs& a), (a))                                       \
   X(int64_t, dequantize_rows, (const DequantizeArgs& a), (a))                       \
   X(void, attention_decode, (const AttentionDecode& a), (a))                        \
   X(int64_t, attention_decode_check, (const AttentionDecode& a), (a))               \
-  X(int64_t, attention_decode_scratch, (const AttentionDecode& a), (a))             \
+  X(int64_t, attention_decode_scratch, (const AttentionDecode& a, int64_t longest), (a, longest)) \
   X(void, math_apply, (MathFunction f, const float* x, float* y, int64_t n), (f, x, y, n)) \
   X(void, pack_panels, (const PackPanels& a), (a))                                  \
   X(void, rms_norm, (const RmsNorm& a), (a))                                        \

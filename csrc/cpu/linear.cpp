@@ -1,8 +1,6 @@
 // Products of a few rows with a weight in GGUF's own layout: every weight crosses the memory bus once.
 #include "fastlm/linear.h"
 
-#include <omp.h>
-
 #include "blocks.h"
 #include "threads.h"
 
@@ -101,10 +99,12 @@ void integer_linear(const LinearArgs& a) {
   const int64_t row_bytes = weight_bytes(kind, a.columns);
   const uint8_t* weight = static_cast<const uint8_t*>(a.weight);
   const int64_t all = a.rows * a.columns / kBlock;
-  for (int64_t i = 0; i < all; ++i) round_input(a.input + i * kBlock, a.scratch[i]);
-#pragma omp parallel num_threads(useful_threads(row_bytes * a.outputs * a.rows, a.threads))
-  {
-    const Range mine = share(a.outputs, omp_get_thread_num(), omp_get_num_threads(), kLanes);
+  const int wanted = useful_threads(row_bytes * a.outputs * a.rows, a.threads);
+  parallel(wanted, [&](int thread, int threads, Barrier& barrier) {
+    const Range own = share(all, thread, threads);
+    for (int64_t i = own.begin; i < own.end; ++i) round_input(a.input + i * kBlock, a.scratch[i]);
+    barrier.wait();
+    const Range mine = share(a.outputs, thread, threads, kLanes);
     for (int64_t n = mine.begin; n < mine.end; n += kLanes) {
       Group g;
       g.first = n;
@@ -116,7 +116,7 @@ void integer_linear(const LinearArgs& a) {
       if (a.rows - m >= 2) integer_tile<kind, 2>(a, g, m, ahead), m += 2, ahead = 0;
       if (a.rows - m >= 1) integer_tile<kind, 1>(a, g, m, ahead);
     }
-  }
+  });
 }
 
 // --- Float products ---------------------------------------------------------------------------------------------
@@ -178,13 +178,12 @@ template <WeightKind kind>
 void float_linear(const LinearArgs& a) {
   constexpr int kOutputs = 4;
   const int64_t bytes = weight_bytes(kind, a.columns) * a.outputs * a.rows;
-#pragma omp parallel num_threads(useful_threads(bytes, a.threads))
-  {
-    const Range mine = share(a.outputs, omp_get_thread_num(), omp_get_num_threads(), kOutputs);
+  parallel(useful_threads(bytes, a.threads), [&](int thread, int threads, Barrier&) {
+    const Range mine = share(a.outputs, thread, threads, kOutputs);
     int64_t n = mine.begin;
     for (; n + kOutputs <= mine.end; n += kOutputs) float_tiles<kind, kOutputs>(a, n);
     for (; n < mine.end; ++n) float_tiles<kind, 1>(a, n);
-  }
+  });
 }
 
 // --- Rows to float ----------------------------------------------------------------------------------------------
@@ -192,9 +191,8 @@ void float_linear(const LinearArgs& a) {
 template <WeightKind kind>
 void dequantize(const DequantizeArgs& a) {
   const int64_t row_bytes = weight_bytes(kind, a.columns), whole = a.columns / kBlock * kBlock;
-#pragma omp parallel num_threads(useful_threads(row_bytes * a.rows, a.threads))
-  {
-    const Range mine = share(a.rows, omp_get_thread_num(), omp_get_num_threads());
+  parallel(useful_threads(row_bytes * a.rows, a.threads), [&](int thread, int threads, Barrier&) {
+    const Range mine = share(a.rows, thread, threads);
     for (int64_t i = mine.begin; i < mine.end; ++i) {
       const int64_t row = a.ids == nullptr ? a.first + i : a.ids[i];
       const uint8_t* from = static_cast<const uint8_t*>(a.weight) + row * row_bytes;
@@ -213,7 +211,7 @@ void dequantize(const DequantizeArgs& a) {
         std::memcpy(to + whole, padded, rest * sizeof(float));
       }
     }
-  }
+  });
 }
 
 }  // namespace
@@ -230,9 +228,14 @@ void linear(const LinearArgs& a) {
 }
 
 int64_t dequantize_rows(const DequantizeArgs& a) {
-  if (a.ids != nullptr)
-    for (int64_t i = 0; i < a.rows; ++i)
-      if (a.ids[i] < 0 || a.ids[i] >= a.outputs) return i;
+  if (a.ids != nullptr) {
+    const int64_t bad = agree([&]() -> int64_t {
+      for (int64_t i = 0; i < a.rows; ++i)
+        if (a.ids[i] < 0 || a.ids[i] >= a.outputs) return i;
+      return -1;
+    });
+    if (bad >= 0) return bad;
+  }
   switch (a.kind) {
     case WeightKind::kF32: dequantize<WeightKind::kF32>(a); break;
     case WeightKind::kF16: dequantize<WeightKind::kF16>(a); break;

@@ -39,7 +39,7 @@ void rotary(const Rotary& a) {
     for (int64_t head = mine.begin; head < mine.end; ++head) {
       const int64_t t = head % a.tokens, h = head / a.tokens % a.heads, b = head / a.tokens / a.heads;
       const float* x = a.input + b * a.input_stride[0] + h * a.input_stride[1] + t * a.input_stride[2];
-      const int64_t table = b * a.table_stride + t * a.half;
+      const int64_t table = b * a.table_stride + ((a.starts ? a.starts[b] : 0) + t) * a.half;
       float* y = a.output + head * a.dim;
       if (a.interleaved)
         turn_pairs(x, a.cos + table, a.sin + table, y, a.half);

@@ -10,8 +10,6 @@
 // than the threads take to meet.
 #include "fastlm/sample.h"
 
-#include <omp.h>
-
 #include <cfloat>
 #include <cstring>
 
@@ -360,16 +358,16 @@ int64_t sample_row(const SampleArgs& a, int64_t row, const Scratch& s) {
 
 int64_t sample(const SampleArgs& args) {
   const int threads = int(least(args.threads, args.batch));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const int thread = omp_get_thread_num();
-    const Range rows = share(args.batch, thread, omp_get_num_threads());
+  parallel(threads, [&](int thread, int team, Barrier&) {
+    const Range rows = share(args.batch, thread, team);
     const Scratch scratch = scratch_of(args, thread);
     for (int64_t row = rows.begin; row < rows.end; ++row) args.tokens[row] = sample_row(args, row, scratch);
-  }
-  for (int64_t row = 0; row < args.batch; ++row)
-    if (args.tokens[row] < 0) return row;
-  return -1;
+  });
+  return agree([&]() -> int64_t {
+    for (int64_t row = 0; row < args.batch; ++row)
+      if (args.tokens[row] < 0) return row;
+    return -1;
+  });
 }
 
 }  // namespace FASTLM_ISA

@@ -1,11 +1,11 @@
-// Work sharing for the kernels: OpenMP regions (torch's own pool) and a barrier that is kind to a busy machine.
+// Work sharing for the kernels: OpenMP regions (torch's own pool), or the team that replays a program.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 #include <omp.h>
-#include <sched.h>
+
+#include "team.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -21,54 +21,42 @@ static inline Range share(int64_t n, int thread, int threads, int64_t grain = 1)
   return {low < n ? low : n, high < n ? high : n};
 }
 
-static inline void cpu_relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
+// The value of f(). In a replay the first thread alone computes it, for all: what f reads, that thread may have written
+// just now or may overwrite soon after, so the others could find something else and go another way. Kernels need this
+// for what they decide by looking into memory outside of `parallel`.
+template <typename F>
+static inline int64_t agree(const F& f) {
+  Team* const team = current_team();
+  if (team == nullptr || team->threads == 1) return f();
+  // In turns: before a place is written again, every thread has come to the barrier in between.
+  int64_t& decision = team->decisions[team->agreements++ % 2];
+  if (team->thread == 0) decision = f();
+  team->barrier->wait();
+  team->behind = false;
+  return decision;
 }
-
-// A barrier for the threads of one parallel region. Spins for a few microseconds, the time in which an idle
-// machine's other threads arrive, and then yields: a pure spin burns the very core the late thread waits for when
-// the machine is loaded (measured: 100 times slower).
-class Barrier {
- public:
-  explicit Barrier(int threads) : threads_(threads) {}
-  Barrier(const Barrier&) = delete;
-  Barrier& operator=(const Barrier&) = delete;
-
-  // Before the first wait, by each thread, where the region has turned out to have another number of them.
-  void set_threads(int threads) { threads_.store(threads, std::memory_order_relaxed); }
-
-  void wait() {
-    const int threads = threads_.load(std::memory_order_relaxed);
-    if (threads == 1) return;
-    const uint32_t generation = generation_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      generation_.store(generation + 1, std::memory_order_release);
-      return;
-    }
-    for (int spin = 0; generation_.load(std::memory_order_acquire) == generation; ++spin) {
-      if (spin < kSpins)
-        cpu_relax();
-      else
-        sched_yield();
-    }
-  }
-
- private:
-  static constexpr int kSpins = 2000;
-  std::atomic<int> threads_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> generation_{0};
-};
 
 // Runs body(thread, threads, barrier) on each thread of one parallel region: on this thread alone where `threads` is
 // 1, and on fewer than asked for where OpenMP has no more to give.
+//
+// In a replay there is a region already, and all of its threads call this: the body runs on all of them or, where
+// `threads` is 1, on the first, for whom the others wait only when they next need to. So a kernel writes to memory
+// inside the body alone.
 template <typename Body>
 static inline void parallel(int threads, const Body& body) {
+  if (Team* const team = current_team()) {
+    if (threads > 1 && team->threads > 1) {
+      if (team->behind) team->barrier->wait();
+      team->behind = false;
+      body(team->thread, team->threads, *team->barrier);
+      team->barrier->wait();
+    } else {
+      Barrier alone(1);
+      if (team->thread == 0) body(0, 1, alone);
+      team->behind = true;
+    }
+    return;
+  }
   Barrier barrier(threads > 1 ? threads : 1);
   if (threads <= 1) return body(0, 1, barrier);
 #pragma omp parallel num_threads(threads)

@@ -18,8 +18,7 @@ void bind_activation(py::module_& m) {
                         count,
                         static_cast<ActivationFunction>(function),
                         threads};
-        py::gil_scoped_release release;
-        activation(args);
+        launch(&activation, args);
       },
       py::arg("input"), py::arg("factor"), py::arg("output"), py::arg("count"), py::arg("function"),
       py::arg("threads"));

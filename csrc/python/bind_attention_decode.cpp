@@ -1,7 +1,7 @@
 // fastlm.ops.attention_decode on the CPU.
+#include <algorithm>
 #include <array>
 #include <limits>
-#include <memory>
 #include <string>
 
 #include "bindings.h"
@@ -11,17 +11,6 @@ namespace fastlm {
 namespace {
 
 using Sizes = std::array<int64_t, 4>;
-
-// Scratch of the calling thread, kept between calls: a decode step would otherwise allocate in every layer.
-float* scratch(int64_t floats) {
-  static thread_local std::unique_ptr<float[]> buffer;
-  static thread_local int64_t size = 0;
-  if (size < floats) {
-    buffer.reset(new float[floats]);
-    size = floats;
-  }
-  return buffer.get();
-}
 
 void copy_strides(int64_t (&to)[3], const Sizes& from, const char* name) {
   if (from[3] != 1) throw py::value_error(std::string("attention_decode: ") + name + " has a last stride other than 1");
@@ -68,9 +57,11 @@ void run(address query, const Sizes& query_shape, const Sizes& query_stride, add
     throw py::value_error("attention_decode: rows" + at + std::to_string(a.rows != nullptr ? a.rows[b] : b) +
                           ", expected 0 to " + std::to_string(a.cache_rows - 1));
   }
-  py::gil_scoped_release release;
-  a.scratch = scratch(attention_decode_scratch(a));
-  attention_decode(a);
+  // A recorded call meets longer sequences when it is replayed.
+  int64_t longest = recording() != nullptr ? a.positions : 0;
+  for (int64_t b = 0; b < a.batch; ++b) longest = std::max(longest, a.lengths[b]);
+  a.scratch = static_cast<float*>(scratch(attention_decode_scratch(a, longest) * sizeof(float)));
+  launch(&attention_decode, a);
 }
 
 }  // namespace

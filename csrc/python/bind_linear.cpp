@@ -24,26 +24,27 @@ void checked_sizes(int64_t rows, int64_t outputs, int threads) {
 }  // namespace
 
 void bind_linear(py::module_& m) {
-  m.attr("INPUT_BLOCK_BYTES") = sizeof(InputBlock);
   m.def(
       "linear",
-      [](address input, address weight, address bias, address output, address scratch, int64_t rows, int64_t outputs,
+      [](address input, address weight, address bias, address output, bool integer, int64_t rows, int64_t outputs,
          int64_t columns, int kind, int threads) {
         checked_sizes(rows, outputs, threads);
+        const WeightKind checked = checked_kind(kind, columns);
+        if (integer && !is_quantized(checked)) throw py::value_error("integer products need a weight of integers");
+        const int64_t blocks = integer ? rows * columns / kBlock : 0;
         LinearArgs args{pointer<const float>(input),
                         pointer<const void>(weight),
                         pointer<const float>(bias),
                         pointer<float>(output),
-                        pointer<InputBlock>(scratch),
+                        integer ? static_cast<InputBlock*>(scratch(blocks * sizeof(InputBlock))) : nullptr,
                         rows,
                         outputs,
                         columns,
-                        checked_kind(kind, columns),
+                        checked,
                         threads};
-        py::gil_scoped_release release;
-        linear(args);
+        launch(&linear, args);
       },
-      py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("scratch"), py::arg("rows"),
+      py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("integer"), py::arg("rows"),
       py::arg("outputs"), py::arg("columns"), py::arg("kind"), py::arg("threads"));
   m.def(
       "dequantize_rows",
@@ -62,8 +63,7 @@ void bind_linear(py::module_& m) {
                             columns,
                             checked_kind(kind, columns),
                             threads};
-        py::gil_scoped_release release;
-        return dequantize_rows(args);
+        return launch(&dequantize_rows, args);
       },
       py::arg("weight"), py::arg("ids"), py::arg("output"), py::arg("first"), py::arg("rows"), py::arg("outputs"),
       py::arg("columns"), py::arg("kind"), py::arg("threads"));

@@ -60,6 +60,7 @@ void forward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batc
              int64_t outputs, bool reverse, address input, address w_ih, address w_hh, address bias, address w_hr,
              address h0, address c0, address output, address h_n, address c_n, address gates, address cells,
              address unprojected, address scratch, int threads) {
+  refuse_recording("lstm_forward");
   check_batch_sizes(batch_sizes, rows, batch);
   check(inputs >= 1 && hidden >= 1 && outputs >= 1, "lstm: sizes must be positive");
   check(w_hr != 0 || outputs == hidden, "lstm: outputs differ from hidden units, but there is no projection");
@@ -77,6 +78,7 @@ void backward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t bat
               address cells, address grad_output, address grad_h_n, address grad_c_n, address grad_gates,
               address grad_projected, address previous, address grad_h0, address grad_c0, address scratch,
               int threads) {
+  refuse_recording("lstm_backward");
   check_batch_sizes(batch_sizes, rows, batch);
   check(hidden >= 1 && outputs >= 1, "lstm: sizes must be positive");
   py::gil_scoped_release unlocked;
@@ -92,10 +94,10 @@ void backward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t bat
 void cell(int64_t batch, int64_t inputs, int64_t hidden, address input, address h, address c, address w_ih,
           address w_hh, address bias, address h_out, address c_out, address output, int threads) {
   check(batch >= 1 && inputs >= 1 && hidden >= 1, "lstm_cell: sizes must be positive");
-  py::gil_scoped_release unlocked;
-  lstm_cell({batch, inputs, hidden, pointer<const float>(input), pointer<const float>(h), pointer<const float>(c),
-             pointer<const float>(w_ih), pointer<const float>(w_hh), pointer<const float>(bias),
-             pointer<float>(h_out), pointer<float>(c_out), pointer<float>(output), threads});
+  launch(&lstm_cell, {batch, inputs, hidden, pointer<const float>(input), pointer<const float>(h),
+                      pointer<const float>(c), pointer<const float>(w_ih), pointer<const float>(w_hh),
+                      pointer<const float>(bias), pointer<float>(h_out), pointer<float>(c_out), pointer<float>(output),
+                      threads});
 }
 
 }  // namespace

@@ -14,8 +14,7 @@ void bind_rms_norm(py::module_& m) {
                                 std::to_string(threads));
         const RmsNorm args{
             pointer<const float>(input), pointer<const float>(weight), pointer<float>(output), rows, dim, eps, threads};
-        py::gil_scoped_release release;
-        rms_norm(args);
+        launch(&rms_norm, args);
       },
       py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("rows"), py::arg("dim"), py::arg("eps"),
       py::arg("threads"));

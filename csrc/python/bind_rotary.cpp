@@ -9,7 +9,7 @@ namespace {
 using Sizes = std::array<int64_t, 4>;
 
 void run(address input, const Sizes& shape, const Sizes& stride, address cos, address sin, int64_t half,
-         int64_t table_stride, address output, bool interleaved, int threads) {
+         int64_t table_stride, address starts, address output, bool interleaved, int threads) {
   for (int64_t size : shape)
     if (size < 0) throw py::value_error("rotary: input has a negative size");
   if (half < 0 || 2 * half > shape[3]) throw py::value_error("rotary: the tables are wider than the input");
@@ -21,6 +21,7 @@ void run(address input, const Sizes& shape, const Sizes& stride, address cos, ad
   a.cos = pointer<const float>(cos);
   a.sin = pointer<const float>(sin);
   a.table_stride = table_stride;
+  a.starts = pointer<const int64_t>(starts);
   a.output = pointer<float>(output);
   a.batch = shape[0];
   a.heads = shape[1];
@@ -29,8 +30,7 @@ void run(address input, const Sizes& shape, const Sizes& stride, address cos, ad
   a.half = half;
   a.interleaved = interleaved;
   a.threads = threads;
-  py::gil_scoped_release release;
-  rotary(a);
+  launch(&rotary, a);
 }
 
 }  // namespace

@@ -42,8 +42,6 @@ int64_t bind(address logits, int64_t row_stride, int64_t batch, int64_t vocab, s
     throw py::value_error("sample: batch, vocab or threads out of range");
   const auto real = [&](int i) { return RealOption{reals[i], pointer<const double>(real_rows[i])}; };
   const auto integer = [&](int i) { return IntegerOption{integers[i], pointer<const int64_t>(integer_rows[i])}; };
-  thread_local Scratch scratch;
-  scratch.reserve(vocab, threads);
   SampleArgs args{};
   args.logits = pointer<const float>(logits);
   args.row_stride = row_stride;
@@ -66,11 +64,17 @@ int64_t bind(address logits, int64_t row_stride, int64_t batch, int64_t vocab, s
   args.history = pointer<const int64_t>(history);
   args.history_length = history_length;
   args.tokens = pointer<int64_t>(tokens);
-  args.scratch = scratch.aligned();
-  args.scratch_vocab = scratch.vocab;
+  if (Program* const program = recording()) {
+    args.scratch = program->scratch(sample_scratch_bytes(vocab) * threads, false);
+    args.scratch_vocab = vocab;
+  } else {
+    thread_local Scratch kept;
+    kept.reserve(vocab, threads);
+    args.scratch = kept.aligned();
+    args.scratch_vocab = kept.vocab;
+  }
   args.threads = threads;
-  py::gil_scoped_release release;
-  return sample(args);
+  return launch(&sample, args);
 }
 
 }  // namespace

@@ -1,10 +1,13 @@
-// What every binding file needs: an address type, and the list of bind functions.
+// What every binding file needs: an address type, how to call a kernel, and the list of bind functions.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <string>
+
+#include "fastlm/program.h"
 
 namespace py = pybind11;
 
@@ -17,10 +20,43 @@ inline T* pointer(address a) {
   return reinterpret_cast<T*>(a);
 }
 
+// Calls a kernel without the GIL. While a program records, the call also becomes a step of it: everything that `args`
+// points to then has to live as long as the program.
+template <typename Args>
+void launch(void (*kernel)(const Args&), const Args& args) {
+  if (Program* const program = recording()) {
+    if (args.threads > program->threads()) throw py::value_error("more threads than the program being recorded has");
+    program->add([=] { return kernel(args), int64_t{-1}; });
+  }
+  py::gil_scoped_release release;
+  kernel(args);
+}
+template <typename Args>
+int64_t launch(int64_t (*kernel)(const Args&), const Args& args) {
+  if (Program* const program = recording()) {
+    if (args.threads > program->threads()) throw py::value_error("more threads than the program being recorded has");
+    program->add([=] { return kernel(args); });
+  }
+  py::gil_scoped_release release;
+  return kernel(args);
+}
+
+// For kernels whose arguments do not outlive the call.
+inline void refuse_recording(const char* kernel) {
+  if (recording() != nullptr) throw std::runtime_error(std::string(kernel) + " cannot be recorded");
+}
+
+// Memory for a kernel's scratch until the thread's next call of this function; while a program records, for as long as
+// the program lives. Aligned to 64 bytes.
+void* scratch(std::size_t bytes);
+
 void bind_activation(py::module_& m);
 void bind_attention_decode(py::module_& m);
+void bind_elementwise(py::module_& m);
+void bind_layer_norm(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_lstm(py::module_& m);
+void bind_program(py::module_& m);
 void bind_rms_norm(py::module_& m);
 void bind_rotary(py::module_& m);
 void bind_sample(py::module_& m);

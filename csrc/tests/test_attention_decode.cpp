@@ -1,5 +1,6 @@
 // Attention to a key-value cache against a double-precision one, in buffers whose every unused float is NaN and that
 // end where the data ends, so that a stray read shows in the result or to the sanitizer.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -65,7 +66,7 @@ struct Case {
     a.rows = rows.data();
     CHECK(fastlm::attention_decode_check(a) == 0);
     output.assign(query.size(), NAN);
-    scratch.assign(fastlm::attention_decode_scratch(a), NAN);
+    scratch.assign(fastlm::attention_decode_scratch(a, *std::max_element(lengths.begin(), lengths.end())), NAN);
     a.output = output.data();
     a.scratch = scratch.data();
     fastlm::attention_decode(a);

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["CPU", "CUDA", "NativeModule", "num_threads"]
+__all__ = ["CPU", "CUDA", "NativeModule", "num_threads", "recording"]
 
 _forked = False
 
@@ -29,6 +29,11 @@ if hasattr(os, "register_at_fork"):
 def num_threads() -> int:
     """Threads a kernel may use: torch's setting, and 1 in a process forked from one that had a thread pool."""
     return 1 if _forked else torch.get_num_threads()
+
+
+def recording() -> bool:
+    """Whether the calling thread's kernel calls are being recorded for replay."""
+    return CPU.module is not None and bool(CPU.module.recording())
 
 
 class NativeModule:

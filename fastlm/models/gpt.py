@@ -80,12 +80,14 @@ class GPT(CausalLM):
         self.check_ids(input_ids)
         batch, count = input_ids.shape
         step = None
-        positions = torch.arange(count, device=input_ids.device)
-        if state is not None:
+        if state is None:
+            positions = torch.arange(count, device=input_ids.device)
+        else:
             assert isinstance(state, KVCache)
             step = state.step(batch, count, rows)
-            # [B, T]
-            positions = positions + torch.tensor(step.starts, device=input_ids.device)[:, None]
+            positions = step.starts[:, None]  # [B, T]
+            if count > 1:
+                positions = positions + torch.arange(count, device=input_ids.device)
         x = self.embedding(input_ids) + self.positions(positions)
         x = functional.dropout(x, self.config.dropout, self.training)
         for index, layer in enumerate(self.layers):

@@ -129,16 +129,14 @@ class Llama(CausalLM):
         batch, count = input_ids.shape
         x = self.embedding(input_ids)
         step = None
-        starts = [0]
-        if state is not None:
+        if state is None:
+            cos, sin = self.rotary.tables(torch.arange(count, device=x.device))
+            rotary = RotaryTables(cos, sin, self.config.rope_interleaved)
+        else:
             assert isinstance(state, KVCache)
             step = state.step(batch, count, rows)
-            starts = step.starts
-        # One table serves all rows where they are equally long, and all layers.
-        first = torch.tensor(starts[:1] if len(set(starts)) == 1 else starts, device=x.device)
-        positions = first[:, None] + torch.arange(count, device=x.device)
-        cos, sin = self.rotary.tables(positions[0] if len(first) == 1 else positions)
-        rotary = RotaryTables(cos, sin, self.config.rope_interleaved)
+            cos, sin = self.rotary.table(state.max_length, x.device)
+            rotary = RotaryTables(cos, sin, self.config.rope_interleaved, step.starts)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, step, index)
         if state is not None:

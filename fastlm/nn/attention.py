@@ -14,11 +14,15 @@ __all__ = ["Attention", "RotaryTables"]
 
 
 class RotaryTables(NamedTuple):
-    """Cosines and sines of the current positions, [T, R/2] or [B, T, R/2], and how the rotated pairs lie."""
+    """Cosines and sines as `ops.rotary` takes them, how the rotated pairs lie, and each sequence's first position.
+
+    cos and sin are [T, R/2], those of the current positions, or with `starts` [B] those of all positions, [P, R/2].
+    """
 
     cos: Tensor
     sin: Tensor
     interleaved: bool
+    starts: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -85,8 +89,9 @@ class Attention(nn.Module):
             q, k, v = self.query(x), self.key(x), self.value(x)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         if rotary is not None:
-            q = ops.rotary(q, rotary.cos, rotary.sin, interleaved=rotary.interleaved)
-            k = ops.rotary(k, rotary.cos, rotary.sin, interleaved=rotary.interleaved)
+            cos, sin, interleaved, starts = rotary
+            q = ops.rotary(q, cos, sin, interleaved=interleaved, starts=starts)
+            k = ops.rotary(k, cos, sin, interleaved=interleaved, starts=starts)
         if step is None:
             dropout = self.dropout if self.training else 0.0
             y = ops.attention(q, k, v, causal=True, window=self.window, dropout_p=dropout)

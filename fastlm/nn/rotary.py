@@ -51,6 +51,7 @@ class Rotary(torch.nn.Module):
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
         # Not a buffer, which `module.to(torch.bfloat16)` would round, and the meta device would empty.
         self.frequencies = _scaled(1.0 / (base**exponents), dict(scaling or {}))
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each float32 [..., rotary_dim / 2], of integer positions [...] ([T] or [B, T])."""
@@ -58,6 +59,14 @@ class Rotary(torch.nn.Module):
             self.frequencies = self.frequencies.to(positions.device)
         angles = positions.to(torch.float32)[..., None] * self.frequencies
         return angles.cos(), angles.sin()
+
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`tables` of the positions from 0 to at least `length` - 1, kept from call to call."""
+        if self._table is None or len(self._table[0]) < length or self._table[0].device != device:
+            # Twice as long as the last one, lest a growing length makes a new table at each call.
+            held = 0 if self._table is None else len(self._table[0])
+            self._table = self.tables(torch.arange(max(length, 2 * held), device=device))
+        return self._table
 
     def forward(self, input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotates input [B, H, T, D] by tables [T, rotary_dim / 2] or [B, T, rotary_dim / 2]."""

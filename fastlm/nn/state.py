@@ -6,7 +6,7 @@ that shares memory, so that one row can be prefilled alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -27,6 +27,18 @@ def _row_list(rows: Rows, available: int) -> list[int]:
     if any(not 0 <= row < available for row in found) or len(set(found)) != len(found):
         raise ValueError(f"rows: {found}, expected distinct indices from 0 to {available - 1}")
     return found
+
+
+def _row_index(rows: Rows, found: list[int]) -> Tensor:
+    """The rows as a contiguous int64 tensor on the CPU: the very one given, where it is that."""
+    if isinstance(rows, Tensor):
+        return rows.to("cpu", torch.int64).contiguous()
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _advance(lengths: Tensor, count: int, rows: Rows) -> None:
+    index = None if rows is None else _row_index(rows, _row_list(rows, len(lengths)))
+    ops.offset(lengths, count, out=lengths, source_index=index, out_index=index)
 
 
 class KVCache:
@@ -105,66 +117,66 @@ class KVCache:
 
     def advance(self, count: int, rows: Rows = None) -> None:
         """Makes the `count` tokens last appended to each row part of it."""
-        if rows is None:
-            self.lengths += count
-        else:
-            self.lengths[_row_list(rows, self.rows)] += count
+        _advance(self.lengths, count, rows)
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that forgets every token appended after this call."""
+        lengths = self.lengths.clone()
+
+        def restore() -> None:
+            self.lengths.copy_(lengths)
+
+        return restore
 
 
 class KVStep:
     """One forward pass over a cache: where its new tokens go and what they see.
 
     Attributes:
-        rows, starts: the row of each batch entry, and the length it had before.
+        rows: the row of each batch entry.
         count: new tokens per entry.
-        lengths: int64 [batch] on the cache's device, the lengths with the new tokens.
+        starts, lengths: int64 [batch] on the cache's device, each entry's length without and with the new tokens. They
+            are computed by ops from `cache.lengths`, so a recorded step reads them anew each time.
     """
 
-    __slots__ = ("_all_rows", "_even", "_index", "_starts", "cache", "count", "lengths", "rows", "starts")
+    __slots__ = ("_index", "_start", "cache", "count", "lengths", "rows", "starts")
 
     def __init__(self, cache: KVCache, batch: int, count: int, rows: Rows) -> None:
         self.rows = _row_list(rows, cache.rows)
         if len(self.rows) != batch:
             raise ValueError(f"rows: {len(self.rows)} of the state's {cache.rows} rows for a batch of {batch}")
         every: list[int] = cache.lengths.tolist()
-        self.starts = [every[row] for row in self.rows]
-        for row, start in zip(self.rows, self.starts, strict=True):
+        starts = [every[row] for row in self.rows]
+        for row, start in zip(self.rows, starts, strict=True):
             if start + count > cache.max_length:
                 raise ValueError(
                     f"state: row {row} holds {start} tokens; {count} more exceed its max_length of {cache.max_length}"
                 )
         self.cache = cache
         self.count = count
-        self._all_rows = self.rows == list(range(cache.rows))
-        self._even = self._all_rows and len(set(self.starts)) == 1
+        everyone = self.rows == list(range(cache.rows))
+        # Where equally long rows get several tokens, plain attention to a slice of the cache serves.
+        self._start = starts[0] if len(set(starts)) == 1 and (everyone or batch == 1) else None
         device = cache.keys[0].device
-        self._index = torch.tensor(self.rows, device=device)
-        self._starts = torch.tensor(self.starts, device=device)
-        self.lengths = self._starts + count
+        index = None if everyone else _row_index(rows, self.rows)
+        self.starts, self.lengths = (torch.empty(batch, dtype=torch.int64) for _ in range(2))
+        ops.offset(cache.lengths, out=self.starts, source_index=index)
+        ops.offset(cache.lengths, count, out=self.lengths, source_index=index)
+        self.starts, self.lengths = self.starts.to(device), self.lengths.to(device)
+        self._index = None if index is None else index.to(device)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Writes key and value [batch, kv_heads, count, head_dim] into their places."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self._even:
-            keys.narrow(2, self.starts[0], self.count).copy_(key)
-            values.narrow(2, self.starts[0], self.count).copy_(value)
-        elif self.count == 1:
-            keys[self._index, :, self._starts] = key[:, :, 0]
-            values[self._index, :, self._starts] = value[:, :, 0]
-        else:
-            for entry, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
-                keys[row, :, start : start + self.count].copy_(key[entry])
-                values[row, :, start : start + self.count].copy_(value[entry])
+        ops.kv_append(self.cache.keys[layer], self.cache.values[layer], key, value, self.starts, rows=self._index)
 
     def attend(self, layer: int, query: Tensor, window: int | None = None) -> Tensor:
         """Causal attention of query [batch, heads, count, head_dim] over the layer's keys, new ones included."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.count > 1 and (self._even or len(self.rows) == 1):
-            rows = slice(None) if self._even else slice(self.rows[0], self.rows[0] + 1)
-            end = self.starts[0] + self.count
+        if self.count > 1 and self._start is not None:
+            rows = slice(None) if self._index is None else slice(self.rows[0], self.rows[0] + 1)
+            end = self._start + self.count
             return ops.attention(query, keys[rows, :, :end], values[rows, :, :end], causal=True, window=window)
-        index = None if self._all_rows else self._index
-        return ops.attention_decode(query, keys, values, self.lengths, rows=index, window=window)
+        return ops.attention_decode(query, keys, values, self.lengths, rows=self._index, window=window)
 
 
 class RecurrentState:
@@ -224,8 +236,9 @@ class RecurrentState:
     def read(self, layer: int, rows: Rows = None) -> tuple[Tensor, Tensor | None]:
         """The layer's h and c [batch, size]: copies where autograd records, since `write` changes them in place."""
         if rows is not None:
-            index = _row_list(rows, self.rows)
-            return self.h[layer][index], None if self.c is None else self.c[layer][index]
+            index = _row_index(rows, _row_list(rows, self.rows)).to(self.h[layer].device)
+            h, c = self.h[layer], None if self.c is None else self.c[layer]
+            return h.index_select(0, index), None if c is None else c.index_select(0, index)
         h, c = self.h[layer], None if self.c is None else self.c[layer]
         if torch.is_grad_enabled():
             return h.clone(), None if c is None else c.clone()
@@ -234,14 +247,26 @@ class RecurrentState:
     @torch.no_grad()
     def write(self, layer: int, h: Tensor, c: Tensor | None, rows: Rows = None) -> None:
         """Replaces the layer's h and c; no gradient flows through the state (truncated backpropagation)."""
-        index = slice(None) if rows is None else _row_list(rows, self.rows)
-        self.h[layer][index] = h
-        if self.c is not None and c is not None:
-            self.c[layer][index] = c
+        index = None if rows is None else _row_index(rows, _row_list(rows, self.rows)).to(self.h[layer].device)
+        for held, new in ((self.h[layer], h), (None if self.c is None else self.c[layer], c)):
+            if held is None or new is None:
+                continue
+            if index is None:
+                held.copy_(new)
+            else:
+                held.index_copy_(0, index, new.to(held.dtype))
 
     def advance(self, count: int, rows: Rows = None) -> None:
         """Counts `count` more tokens as read by each row."""
-        if rows is None:
-            self.lengths += count
-        else:
-            self.lengths[_row_list(rows, self.rows)] += count
+        _advance(self.lengths, count, rows)
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that brings the state back to what it is now."""
+        tensors = (*self.h, *(self.c or ()), self.lengths)
+        copies = [tensor.clone() for tensor in tensors]
+
+        def restore() -> None:
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.copy_(copy)
+
+        return restore

@@ -5,6 +5,7 @@ from fastlm.ops.attention import attention
 from fastlm.ops.attention_decode import attention_decode
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.gru import gru, gru_cell
+from fastlm.ops.kv_cache import kv_append, offset
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear import linear
 from fastlm.ops.lstm import lstm, lstm_cell
@@ -26,10 +27,12 @@ __all__ = [
     "gelu",
     "gru",
     "gru_cell",
+    "kv_append",
     "layer_norm",
     "linear",
     "lstm",
     "lstm_cell",
+    "offset",
     "rms_norm",
     "rnn",
     "rnn_cell",

@@ -8,8 +8,14 @@ from torch import Tensor
 __all__ = ["rotary"]
 
 
-def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotates the pairs (x, y) of each head by their position's angles: (x cos - y sin, y cos + x sin)."""
+def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, starts: Tensor | None = None) -> Tensor:
+    """Rotates the pairs (x, y) of each head by their position's angles: (x cos - y sin, y cos + x sin).
+
+    With starts [B], token t of sequence b takes row starts[b] + t of the tables.
+    """
+    if starts is not None:
+        places = starts[:, None] + torch.arange(input.shape[-2], device=starts.device)
+        cos, sin = cos[places], sin[places]
     rotated = 2 * cos.shape[-1]
     wide = torch.promote_types(input.dtype, torch.float32)
     c, s = (t.to(wide).unsqueeze(-3) for t in (cos, sin))  # one table for all heads

@@ -113,43 +113,45 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 576, 1000])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_native_rms_norm(isa: str, poisoned: None, dim: int, weighted: bool) -> None:
-    parameters = _parameters("rms_norm", dim) if weighted else [None]
+def test_native(norm: str, isa: str, poisoned: None, dim: int, weighted: bool) -> None:
+    op, formula, torch_op, count = NORMS[norm]
+    parameters = _parameters(norm, dim) if weighted else [None] * count
     whole = torch.randn(3, 5, 2 * dim) + 0.5
-    exact_of = rms_norm_reference.rms_norm
     for x in (whole[..., :dim], whole[0, ..., ::2], whole[0, 0, dim:], whole[:, :0, :dim]):
-        exact = exact_of(x.double(), *(p if p is None else p.double() for p in parameters), 1e-5)
+        exact = formula(x.double(), *(p if p is None else p.double() for p in parameters), 1e-5)
         with ops.backend("cpu"):
-            fast = ops.rms_norm(x, *parameters)
-        assert_close_to_reference(fast, functional.rms_norm(x, (dim,), *parameters, 1e-5), exact)
+            fast = op(x, *parameters, eps=1e-5)
+        assert_close_to_reference(fast, torch_op(x, *parameters, eps=1e-5), exact)
 
 
-def test_native_rms_norm_of_a_row_depends_on_that_row_alone(isa: str) -> None:
-    x, weight = torch.randn(200, 333), torch.randn(333)
+def test_a_row_depends_on_that_row_alone(norm: str, isa: str) -> None:
+    op = NORMS[norm][0]
+    x, parameters = torch.randn(200, 333), _parameters(norm, 333)
     before = torch.get_num_threads()
     try:
         with ops.backend("cpu"):
             torch.set_num_threads(1)
-            together = ops.rms_norm(x, weight)
+            together = op(x, *parameters)
             torch.set_num_threads(3)
-            assert torch.equal(ops.rms_norm(x, weight), together)
+            assert torch.equal(op(x, *parameters), together)
             for row in (0, 7, 199):
-                assert torch.equal(ops.rms_norm(x[row], weight), together[row])
-            assert torch.equal(ops.rms_norm(x[5:9], weight), together[5:9])
+                assert torch.equal(op(x[row], *parameters), together[row])
+            assert torch.equal(op(x[5:9], *parameters), together[5:9])
     finally:
         torch.set_num_threads(before)
 
 
-def test_native_rms_norm_steps_aside(isa: str) -> None:
+def test_native_steps_aside(norm: str, isa: str) -> None:
+    op = NORMS[norm][0]
     x, weight = torch.randn(2, 8), torch.nn.Parameter(torch.randn(8))
-    assert ops.explain(ops.rms_norm, x, weight).chosen == "torch"
+    assert ops.explain(op, x, weight).chosen == "torch"
     with torch.inference_mode():
-        assert ops.explain(ops.rms_norm, x, weight).chosen == "cpu"
-        assert ops.explain(ops.rms_norm, x.double(), weight.double()).chosen == "torch"
+        assert ops.explain(op, x, weight).chosen == "cpu"
+        assert ops.explain(op, x.double(), weight.double()).chosen == "torch"
     weight = weight.detach()
-    plain = ops.rms_norm(x, weight)
-    torch.testing.assert_close(torch.func.vmap(lambda row: ops.rms_norm(row, weight))(x), plain)
-    _, tangent = torch.func.jvp(lambda x: ops.rms_norm(x, weight, eps=0.0), (x,), (x,))
+    plain = op(x, weight)
+    torch.testing.assert_close(torch.func.vmap(lambda row: op(row, weight))(x), plain)
+    _, tangent = torch.func.jvp(lambda x: op(x, weight, eps=0.0), (x,), (x,))
     torch.testing.assert_close(tangent, torch.zeros_like(x), atol=1e-5, rtol=0)  # scaling x changes nothing
 
 

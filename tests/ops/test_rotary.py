@@ -162,7 +162,33 @@ def test_module_errors(options: dict[str, Any], message: str) -> None:
 def test_opcheck(interleaved: bool) -> None:
     x = torch.randn(2, 5, 3, 8).transpose(1, 2).requires_grad_()
     cos, sin = (torch.randn(2, 5, 3, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(torch.ops.fastlm.rotary.default, (x, cos, sin, interleaved))
+    torch.library.opcheck(torch.ops.fastlm.rotary.default, (x, cos, sin, interleaved, None))
+    tables = (torch.randn(9, 3, requires_grad=True) for _ in range(2))
+    torch.library.opcheck(torch.ops.fastlm.rotary.default, (x, *tables, interleaved, torch.tensor([0, 4])))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_starts_choose_rows_of_the_tables(interleaved: bool, isa: str) -> None:
+    x, starts = torch.randn(3, 4, 2, 10), torch.tensor([5, 0, 11])
+    cos, sin = torch.randn(13, 4), torch.randn(13, 4)
+    places = starts[:, None] + torch.arange(2)
+    want = ops.rotary(x, cos[places], sin[places], interleaved=interleaved)
+    for backend in ("cpu", "reference"):
+        with ops.backend(backend):
+            got = ops.rotary(x, cos, sin, interleaved=interleaved, starts=starts)
+        assert torch.equal(got, want), backend
+    shifted = ops.rotary(x, cos, sin, interleaved=interleaved, starts=starts - torch.tensor([1, 0, 0]))
+    assert not torch.equal(shifted[0], want[0]) and torch.equal(shifted[1:], want[1:])
+
+
+def test_starts_that_do_not_fit_are_named() -> None:
+    x, cos = torch.randn(2, 1, 3, 8), torch.randn(9, 4)
+    with pytest.raises(IndexError, match="starts has 7, expected 0 to 6"):
+        ops.rotary(x, cos, cos, starts=torch.tensor([0, 7]))
+    with pytest.raises(ValueError, match=r"starts is int32 \[2\]"):
+        ops.rotary(x, cos, cos, starts=torch.tensor([0, 1], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"cos is .*expected shape \[P, R/2\]"):
+        ops.rotary(x, cos[None], cos[None], starts=torch.tensor([0, 1]))
 
 
 def test_compiles_in_one_graph() -> None:

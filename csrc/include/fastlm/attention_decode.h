@@ -29,7 +29,7 @@ struct AttentionDecode {
   float softcap;   // 0: none
   int64_t window;  // at least 1; INT64_MAX: none
   float* output;   // [batch, heads, tokens, dim], contiguous; overlaps no input
-  float* scratch;  // attention_decode_scratch() floats, for the time of the call
+  float* scratch;  // attention_decode_scratch(...) floats, for the time of the call
   int threads;     // at most; the result does not depend on it, nor on the other entries of the batch
 };
 
@@ -37,7 +37,8 @@ struct AttentionDecode {
 // below expect 0.
 int64_t attention_decode_check(const AttentionDecode& a);
 
-int64_t attention_decode_scratch(const AttentionDecode& a);
+// Floats of scratch for sequences of up to `longest` tokens.
+int64_t attention_decode_scratch(const AttentionDecode& a, int64_t longest);
 
 void attention_decode(const AttentionDecode& a);
 

@@ -11,6 +11,7 @@ struct Rotary {
   const float* cos;         // [tokens, half] contiguous; those of sequence b begin at b * table_stride
   const float* sin;         // like cos
   int64_t table_stride;     // 0 where all sequences share one table
+  const int64_t* starts;    // [batch], the table's row for the sequence's first token; null: 0
   float* output;            // [batch, heads, tokens, dim] contiguous; overlaps nothing
   int64_t batch, heads, tokens, dim;
   int64_t half;      // pairs that turn, 2 * half <= dim; features from 2 * half on are copied

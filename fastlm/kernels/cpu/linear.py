@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 
 import torch
 from torch import Tensor
@@ -12,18 +11,7 @@ from fastlm.kernels import native
 
 __all__ = ["dequantize_rows", "linear"]
 
-BLOCK = 32
 CPU = torch.device("cpu")  # buffers are here whatever torch's default device and dtype are
-
-
-class _Held(threading.local):
-    """A thread's scratch memory, and what is asked of it at each call."""
-
-    memory: Tensor | None = None
-    address = blocks = 0
-
-
-_held = _Held()
 
 
 def linear(input: Tensor, weight: Tensor, code: int, outputs: int, bias: Tensor | None, *, integer: bool) -> Tensor:
@@ -53,7 +41,7 @@ def linear(input: Tensor, weight: Tensor, code: int, outputs: int, bias: Tensor 
         weight.data_ptr(),
         0 if b is None else b.data_ptr(),
         output.data_ptr(),
-        _scratch(rows * columns // BLOCK) if integer else 0,
+        integer,
         rows,
         outputs,
         columns,
@@ -61,15 +49,6 @@ def linear(input: Tensor, weight: Tensor, code: int, outputs: int, bias: Tensor 
         native.num_threads(),
     )
     return output if dtype is torch.float32 else output.to(dtype)
-
-
-def _scratch(blocks: int) -> int:
-    """The address of `blocks` InputBlocks that are this thread's until its next call."""
-    if _held.blocks < blocks:
-        count = max(blocks, 1 << 10)
-        _held.memory = torch.empty(count * native.CPU.require().INPUT_BLOCK_BYTES, dtype=torch.uint8, device=CPU)
-        _held.address, _held.blocks = _held.memory.data_ptr(), count
-    return _held.address
 
 
 def dequantize_rows(

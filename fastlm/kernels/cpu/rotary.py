@@ -10,7 +10,7 @@ from fastlm.kernels import native
 __all__ = ["rotary"]
 
 
-def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, starts: Tensor | None) -> Tensor:
     """Turns float32 input [B, H, T, D] by float32 tables [T, R/2] or [B, T, R/2]; see `fastlm.ops.rotary`."""
     x = input if input.stride(3) == 1 else input.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -24,6 +24,7 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
         sin.data_ptr(),
         half,
         half * x.shape[2] if cos.dim() == 3 else 0,
+        0 if starts is None else starts.data_ptr(),
         output.data_ptr(),
         interleaved,
         native.num_threads(),

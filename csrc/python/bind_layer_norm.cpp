@@ -1,0 +1,23 @@
+#include <string>
+
+#include "bindings.h"
+#include "fastlm/layer_norm.h"
+
+namespace fastlm {
+
+void bind_layer_norm(py::module_& m) {
+  m.def(
+      "layer_norm",
+      [](address input, address weight, address bias, address output, int64_t rows, int64_t dim, float eps,
+         int threads) {
+        if (rows < 0 || dim < 0 || threads < 1)
+          throw py::value_error("rows, dim, threads are " + std::to_string(rows) + ", " + std::to_string(dim) + ", " +
+                                std::to_string(threads));
+        launch(&layer_norm, {pointer<const float>(input), pointer<const float>(weight), pointer<const float>(bias),
+                             pointer<float>(output), rows, dim, eps, threads});
+      },
+      py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("rows"), py::arg("dim"),
+      py::arg("eps"), py::arg("threads"));
+}
+
+}  // namespace fastlm

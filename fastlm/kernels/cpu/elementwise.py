@@ -1,0 +1,75 @@
+"""The small native kernels of a decode step: csrc/include/fastlm/elementwise.h and kv_append.h."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastlm.kernels import native
+
+__all__ = ["add", "copy_rows", "kv_append", "offset"]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def add(a: Tensor, b: Tensor, output: Tensor) -> None:
+    """output = a + b: contiguous float32 of one size; the output may be one of them."""
+    native.CPU.require().add(a.data_ptr(), b.data_ptr(), output.data_ptr(), a.numel(), native.num_threads())
+
+
+def copy_rows(
+    source: Tensor, target: Tensor, *, source_index: Tensor | None = None, target_index: Tensor | None = None
+) -> None:
+    """target[target_index] = source[source_index] along the first dimension; contiguous tensors of one dtype."""
+    index = target if target_index is None else target_index
+    rows = len(index if source_index is None else source_index)
+    size = source[0].numel() * source.element_size() if len(source) else 0
+    native.CPU.require().copy_rows(
+        source.data_ptr(),
+        len(source),
+        _address(source_index),
+        target.data_ptr(),
+        len(target),
+        _address(target_index),
+        rows,
+        size,
+    )
+
+
+def offset(
+    source: Tensor, amount: int, target: Tensor, source_index: Tensor | None, target_index: Tensor | None
+) -> None:
+    """target[target_index] = source[source_index] + amount; contiguous int64 [n], the target may be the source."""
+    index = target if target_index is None else target_index
+    count = len(index if source_index is None else source_index)
+    native.CPU.require().offset(
+        source.data_ptr(),
+        len(source),
+        _address(source_index),
+        amount,
+        target.data_ptr(),
+        len(target),
+        _address(target_index),
+        count,
+    )
+
+
+def kv_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: Tensor, rows: Tensor | None) -> None:
+    """Writes float32 key, value [B, KVH, T, D] to caches [R, KVH, S, D] at positions starts[b]; see `ops.kv_append`."""
+    key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
+    native.CPU.require().kv_append(
+        key.shape,
+        key.data_ptr(),
+        key.stride(),
+        value.data_ptr(),
+        value.stride(),
+        keys.shape,
+        keys.data_ptr(),
+        keys.stride(),
+        values.data_ptr(),
+        values.stride(),
+        starts.data_ptr(),
+        _address(rows),
+        native.num_threads(),
+    )

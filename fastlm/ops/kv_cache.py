@@ -1,0 +1,106 @@
+"""Appending to a key-value cache at positions that lie in memory, so that a recorded step can be replayed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.kernels import native
+from fastlm.kernels.cpu import elementwise as kernel
+from fastlm.ops.checks import describe
+from fastlm.ops.library import needs_grad, opaque_kernel_why_not
+from fastlm.ops.registry import Implementation, Op, always
+from fastlm.reference import kv_cache as reference
+
+__all__ = ["kv_append", "offset"]
+
+
+def _append_why_not(
+    keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: Tensor, rows: Tensor | None
+) -> str | None:
+    if needs_grad(key, value):
+        return "a gradient is wanted"
+    if keys.stride(3) != 1 or values.stride(3) != 1:
+        return "the last dimension of a cache is not contiguous"
+    return opaque_kernel_why_not(native.CPU, keys, values, key, value)
+
+
+def _offset_why_not(
+    source: Tensor, amount: int, target: Tensor, source_index: Tensor | None, target_index: Tensor | None
+) -> str | None:
+    for tensor in (source, target, source_index, target_index):
+        if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
+            return "a tensor is not contiguous on the CPU"
+    return native.CPU.error
+
+
+KV_APPEND = Op(
+    "kv_append",
+    [
+        Implementation("cpu", kernel.kv_append, _append_why_not),
+        Implementation("reference", reference.kv_append, always),
+    ],
+)
+OFFSET = Op(
+    "offset",
+    [
+        Implementation("cpu", kernel.offset, _offset_why_not),
+        Implementation("reference", reference.offset, always),
+    ],
+)
+
+
+def kv_append(
+    key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, starts: Tensor, *, rows: Tensor | None = None
+) -> None:
+    """Writes the newest keys and values of each sequence to its row of a cache, in place.
+
+    Args:
+        key_cache: [R, KVH, S, D]; value_cache alike.
+        key: [B, KVH, T, D] of the cache's dtype; value alike.
+        starts: int64 [B], contiguous: the position of each sequence's first new token, starts[b] + T <= S.
+        rows: int64 [B], contiguous, all different: the cache row of each batch entry; 0, 1, 2, ... if None.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or a position or row is outside the cache.
+    """
+    shape, cache_shape = key.shape, key_cache.shape
+    for name, new, cache in (("key", key, key_cache), ("value", value, value_cache)):
+        if len(shape) != 4 or new.shape != shape or cache.shape != cache_shape or new.dtype != cache.dtype:
+            raise ValueError(
+                f"kv_append: {name} is {describe(new)}, its cache {describe(cache)}; expected one dtype, "
+                "[B, KVH, T, D] and [R, KVH, S, D], the same for keys and values"
+            )
+    if (shape[1], shape[3]) != (cache_shape[1], cache_shape[3]):
+        raise ValueError(f"kv_append: key is {describe(key)}, which does not fit a cache of {list(cache_shape)}")
+    for name, index in (("starts", starts), ("rows", rows)):
+        if index is not None and (index.shape != shape[:1] or index.dtype != torch.int64 or not index.is_contiguous()):
+            raise ValueError(f"kv_append: {name} is {describe(index)}, expected contiguous int64 [{shape[0]}]")
+    KV_APPEND(key_cache, value_cache, key, value, starts, rows)
+
+
+def offset(
+    source: Tensor,
+    amount: int = 0,
+    *,
+    out: Tensor,
+    source_index: Tensor | None = None,
+    out_index: Tensor | None = None,
+) -> None:
+    """out[out_index] = source[source_index] + amount, in place: how token ids, positions and lengths move.
+
+    Args:
+        source: int64, one dimension; out alike. They may be the same tensor under the same index.
+        amount: added to every element.
+        source_index: int64 [n], which elements; all in order if None. out_index alike.
+
+    Raises:
+        ValueError: a tensor is not int64 of one dimension, or the numbers of elements differ.
+    """
+    for name, tensor in (("source", source), ("out", out), ("source_index", source_index), ("out_index", out_index)):
+        if tensor is not None and (tensor.dim() != 1 or tensor.dtype != torch.int64):
+            raise ValueError(f"offset: {name} is {describe(tensor)}, expected int64 of one dimension")
+    count, room = (len(t if index is None else index) for t, index in ((source, source_index), (out, out_index)))
+    if count != room:
+        raise ValueError(f"offset: {count} elements for {room} places")
+    OFFSET(source, amount, out, source_index, out_index)

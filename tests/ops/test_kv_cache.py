@@ -1,0 +1,82 @@
+"""ops.kv_append and ops.offset: where they write, and what they refuse to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastlm import ops
+
+
+def _expected(cache: Tensor, new: Tensor, starts: list[int], rows: list[int]) -> Tensor:
+    """Token by token, as the docstring has it."""
+    want = cache.clone()
+    for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        for t in range(new.shape[2]):
+            want[row, :, start + t] = new[b, :, t]
+    return want
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), tokens=st.integers(1, 4), heads=st.integers(1, 3), dim=st.integers(1, 9), turned=st.booleans())
+def test_append_writes_those_places_alone(data: st.DataObject, tokens: int, heads: int, dim: int, turned: bool) -> None:
+    cache_rows, positions = 5, 8
+    rows = data.draw(st.permutations(range(cache_rows)))[: data.draw(st.integers(1, cache_rows))]
+    starts = [data.draw(st.integers(0, positions - tokens)) for _ in rows]
+    key, value = (torch.randn(len(rows), tokens, heads, dim).transpose(1, 2) for _ in range(2))
+    if not turned:
+        key, value = key.contiguous(), value.contiguous()
+    in_order = rows == list(range(len(rows)))
+    for backend in ("cpu", "reference"):
+        keys, values = (torch.full((cache_rows, heads, positions, dim), torch.nan) for _ in range(2))
+        index = None if in_order else torch.tensor(rows)
+        want = [_expected(c, new, starts, rows) for c, new in ((keys, key), (values, value))]
+        with ops.backend(backend):
+            ops.kv_append(keys, values, key, value, torch.tensor(starts), rows=index)
+        torch.testing.assert_close((keys, values), tuple(want), rtol=0, atol=0, equal_nan=True)
+
+
+def test_append_refuses_what_does_not_fit() -> None:
+    cache = torch.zeros(2, 3, 4, 5)
+    new = torch.zeros(2, 3, 2, 5)
+    start = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"key is float64 .*one dtype"):
+        ops.kv_append(cache, cache, new.double(), new, start)
+    with pytest.raises(ValueError, match=r"key is float32 \[2, 1, 2, 5\].*does not fit a cache of \[2, 3, 4, 5\]"):
+        ops.kv_append(cache, cache, new[:, :1], new[:, :1], start)
+    with pytest.raises(ValueError, match=r"starts is int64 \[1\].*expected contiguous int64 \[2\]"):
+        ops.kv_append(cache, cache, new, new, start[:1])
+    for rows, first in ((None, 3), (None, -1), (torch.tensor([0, 2]), 0)):
+        with pytest.raises((ValueError, IndexError)):
+            ops.kv_append(cache, cache, new, new, start + first, rows=rows)
+    assert not cache.any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_offset_moves_integers(backend: str) -> None:
+    with ops.backend(backend):
+        target = torch.full((4,), -1)
+        ops.offset(
+            torch.tensor([10, 20, 30]), 5, out=target, source_index=torch.tensor([2, 0]), out_index=torch.tensor([1, 3])
+        )
+        assert target.tolist() == [-1, 35, -1, 15]
+        ops.offset(target, 1, out=target)
+        assert target.tolist() == [0, 36, 0, 16]
+        some = torch.tensor([3, 1])
+        ops.offset(target, 100, out=target, source_index=some, out_index=some)
+        assert target.tolist() == [0, 136, 0, 116]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_offset_refuses_what_does_not_fit(backend: str) -> None:
+    a = torch.arange(3)
+    with ops.backend(backend):
+        with pytest.raises(ValueError, match="2 elements for 3 places"):
+            ops.offset(a, out=torch.zeros(3, dtype=torch.int64), source_index=torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match="out is float32"):
+            ops.offset(a, out=torch.zeros(3))
+        with pytest.raises(IndexError):
+            ops.offset(a, out=torch.zeros(1, dtype=torch.int64), source_index=torch.tensor([3]))
