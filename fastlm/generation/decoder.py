@@ -1,4 +1,8 @@
-"""The generation loop: a ragged batch of prompts, one token a row at each step."""
+"""The generation loop: a ragged batch of prompts, one token a row at each step.
+
+The first step reads the prompts. The second is recorded (`capture`), and from then on the steps are replayed natively,
+until a row ends: the rest is then recorded again. Where a step cannot be recorded, it runs op by op.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,12 @@ import torch
 from torch import Tensor
 
 from fastlm import ops
+from fastlm.generation.batch import Batch
+from fastlm.generation.capture import Captured, CaptureError, Refused
 from fastlm.generation.params import SamplingParams, as_ids
+from fastlm.kernels import native
 from fastlm.models.base import CausalLM
-from fastlm.ops.linear import FEW_ROWS
+from fastlm.ops.registry import choosing
 
 __all__ = ["Decoder", "FinishReason", "Token"]
 
@@ -20,10 +27,6 @@ FinishReason = Literal["stop", "length", "context"]
 """A stop token or stop string; max_new_tokens reached; the model's context is full."""
 
 _PREFILL_CHUNK = 512  # tokens a prompt advances at a time: bounds the activations of a long prompt
-
-# Rows decoded together. Beyond it `ops.linear` would turn to a matrix product, whose rows can differ in the last bit
-# with their number; a group of this size already reads each weight once for many rows.
-_GROUP = FEW_ROWS
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,19 @@ class Token:
 
 
 class Decoder:
-    """Generates for several prompts at once; `step()` samples one token for every row that is still active.
+    """Generates for several prompts at once; `step()` samples tokens for every row that is still active.
 
     Prompts are read one by one and decoding uses kernels whose rows do not see each other, so a row's tokens do not
     depend on what else is in the batch, nor on its place in it. Rows that end leave the batch at once.
 
     Args:
-        model: a causal language model.
+        model: a causal language model. Its parameters must not change while it generates.
         prompts: token ids, one list a row, none empty.
         params: sampling options, the same for every row.
         stop_ids: tokens that end a row; they are returned as its last token.
         sequences: the random sequence of each row. Default: rows with the same prompt are numbered 0, 1, ... and so
             differ from each other, and a row's draws do not depend on the other prompts.
+        capture: record the decode step and replay it where that is possible; False runs every step op by op.
 
     Raises:
         ValueError: a prompt is empty, has ids outside the vocabulary, or leaves no room in the model's context.
@@ -62,6 +66,7 @@ class Decoder:
         *,
         stop_ids: Collection[int] = (),
         sequences: Sequence[int] | None = None,
+        capture: bool = True,
     ) -> None:
         self._prompts = as_ids(prompts)
         context = model.config.context_length
@@ -72,25 +77,28 @@ class Decoder:
                 )
         self._model = model
         self._params = params.with_seed()
-        self._device = model.device
         self._stop_ids = frozenset(int(token) for token in stop_ids)
-        self._stop_index = torch.tensor(sorted(self._stop_ids), dtype=torch.int64, device=self._device)
-        self._sequences = list(sequences) if sequences is not None else _occurrences(self._prompts)
-        if len(self._sequences) != len(self._prompts):
-            raise ValueError(f"sequences: {len(self._sequences)} given for {len(self._prompts)} prompts")
+        sequences = list(sequences) if sequences is not None else _occurrences(self._prompts)
+        if len(sequences) != len(self._prompts):
+            raise ValueError(f"sequences: {len(sequences)} given for {len(self._prompts)} prompts")
         self._lengths = [len(prompt) for prompt in self._prompts]
         longest = max(self._lengths) + params.max_new_tokens
         self._context = longest if context is None else min(context, longest)
-        self._generated = [0] * len(self._prompts)
-        self._last = [0] * len(self._prompts)
+        self._generated = 0
         self._active = list(range(len(self._prompts)))
-        self._logit_bias = _dense_bias(self._params.logit_bias, model.config.vocab_size)
-        self._history: Tensor | None = None
-        if self._params.penalised:
-            self._history = torch.zeros(len(self._prompts), longest, dtype=torch.int64)
-            for row, prompt in enumerate(self._prompts):
-                self._history[row, : len(prompt)] = torch.tensor(prompt)
+        self._bias = _dense_bias(self._params.logit_bias, model.config.vocab_size)
+        # Stop tokens are out of the question at first where min_new_tokens says so.
+        self._early_bias = self._bias
+        if self._stop_ids and params.min_new_tokens:
+            bias = torch.zeros(model.config.vocab_size) if self._bias is None else self._bias.clone()
+            bias[sorted(self._stop_ids)] = -torch.inf
+            self._early_bias = bias
+        self._batch = Batch.start(
+            self._prompts, sequences, history=longest if params.penalised else 0, device=model.device
+        )
         self._state = model.make_state(len(self._prompts), self._context)
+        self._captured: Captured | None = None
+        self._why_not_captured: str | None = None if capture else "capture=False"
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -103,68 +111,122 @@ class Decoder:
         assert self._params.seed is not None
         return self._params.seed
 
+    @property
+    def why_not_captured(self) -> str | None:
+        """Why steps run op by op; None where they are replayed, or none has been tried yet."""
+        return self._why_not_captured
+
     def cancel(self, row: int) -> None:
         """Ends a row from outside (its stop string came): it takes no part in further steps."""
         if row in self._active:
             self._active.remove(row)
 
     @torch.inference_mode()
-    def step(self) -> list[Token]:
-        """Samples the next token of every active row, in the order of `active`; an empty list when all have ended."""
+    def step(self, ahead: int = 1) -> list[Token]:
+        """Samples the next token of every active row.
+
+        Args:
+            ahead: take up to so many steps at once, where nothing ends a row before: with fewer returns to Python.
+
+        Returns:
+            A token for each row in the order of `active`, step after step; nothing when all rows have ended.
+        """
         if not self._active:
             return []
-        logits = self._prefill() if not any(self._generated) else self._decode()
-        ids = self._sample(logits).tolist()
-        logprobs: list[float] | list[None] = [None] * len(ids)
-        if self._params.logprobs:
-            chosen = torch.tensor(ids, device=logits.device)[:, None]
-            logprobs = logits.float().log_softmax(dim=-1).gather(1, chosen)[:, 0].tolist()
-        tokens = [
-            self._accept(row, token, logprob)
-            for row, token, logprob in zip(list(self._active), ids, logprobs, strict=True)
-        ]
+        if tuple(self._active) != self._batch.rows:
+            self._batch = self._batch.keep(self._active)
+            self._captured = None
+        if self._generated == 0:
+            logits = self._prefill()
+            values = [self._choose(logits).tolist()]
+        elif self._captured is None:
+            logits, chosen = self._first_step()
+            values = [chosen.tolist()]
+        else:
+            logits, _ = self._captured.result
+            values = self._replay(1 if self._params.logprobs else min(ahead, self._steps_left()))
+        tokens = []
+        for ids in values:
+            logprobs: list[float] | list[None] = [None] * len(ids)
+            if self._params.logprobs:
+                logprobs = _logprobs(logits, ids)
+            self._generated += 1
+            tokens += [self._accept(*triple) for triple in zip(self._active, ids, logprobs, strict=True)]
         ended = {token.row for token in tokens if token.finish}
         if ended:
             self._active = [row for row in self._active if row not in ended]
+        if self._generated == self._params.min_new_tokens:
+            self._captured = None  # it holds the bias against stop tokens
         return tokens
 
     def _prefill(self) -> Tensor:
         rows = []
         for row in self._active:
-            ids = torch.tensor([self._prompts[row]], dtype=torch.int64, device=self._device)
+            ids = torch.tensor([self._prompts[row]], dtype=torch.int64, device=self._model.device)
             state = self._state.row(row)
             for chunk in ids.split(_PREFILL_CHUNK, dim=1):
                 hidden = self._model.hidden(chunk, state)
             rows.append(self._model.head(hidden[:, -1:])[:, -1])
         return torch.cat(rows)
 
-    def _decode(self) -> Tensor:
-        ids = torch.tensor([[self._last[row]] for row in self._active], dtype=torch.int64, device=self._device)
-        everyone = len(self._active) == len(self._prompts)
-        if everyone and len(self._active) <= _GROUP:
-            return self._model.head(self._model.hidden(ids, self._state))[:, -1]
-        parts = []
-        for start in range(0, len(self._active), _GROUP):
-            group = slice(start, start + _GROUP)
-            parts.append(self._model.head(self._model.hidden(ids[group], self._state, self._active[group]))[:, -1])
-        return torch.cat(parts)
+    def _decode(self) -> tuple[Tensor, Tensor]:
+        """One step: the logits [B, V] and the tokens [B] sampled from them."""
+        batch = self._batch
+        logits = self._model.head(self._model.hidden(batch.ids, self._state, batch.index))[:, -1]
+        return logits, self._choose(logits)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """Samples from logits [B, V] and appends the tokens [B] to their rows."""
+        tokens = self._sample(logits)
+        self._batch.feed(tokens)
+        return tokens
+
+    def _first_step(self) -> tuple[Tensor, Tensor]:
+        """A step of this batch, recorded if it can be."""
+        if self._why_not_captured is None:
+            self._why_not_captured = self._obstacle()
+        if self._why_not_captured is None:
+            restore = self._state.snapshot()
+            try:
+                self._captured = Captured(self._decode, self._batch.ids)
+                logits, tokens = self._captured.result
+                return logits, tokens
+            except CaptureError as error:
+                self._why_not_captured = str(error)
+                restore()
+        return self._decode()
+
+    def _obstacle(self) -> str | None:
+        if native.CPU.module is None:
+            return native.CPU.error
+        if self._model.device.type != "cpu":
+            return f"the model is on {self._model.device}"
+        return None if choosing() else "a backend is forced"
+
+    def _replay(self, times: int) -> list[list[int]]:
+        assert self._captured is not None
+        try:
+            return self._captured.run(times, self._stop_ids)
+        except Refused:
+            self._sample(self._captured.result[0])  # says what is wrong with the logits
+            raise
+
+    def _steps_left(self) -> int:
+        """Steps before something must be looked at: at least 1."""
+        limit = self._params.max_new_tokens - self._generated
+        if self._generated < self._params.min_new_tokens:
+            limit = self._params.min_new_tokens - self._generated
+        return min(limit, self._context + 1 - max(self._lengths[row] for row in self._active))
 
     def _sample(self, logits: Tensor) -> Tensor:
-        params, rows = self._params, self._active
-        if self._stop_ids and params.min_new_tokens:
-            early = [at for at, row in enumerate(rows) if self._generated[row] < params.min_new_tokens]
-            if early:
-                logits = logits.clone()
-                logits[torch.tensor(early)[:, None], self._stop_index] = -torch.inf
+        params, batch = self._params, self._batch
         history: dict[str, Tensor] = {}
-        if self._history is not None:
-            everyone = len(rows) == len(self._prompts)
+        if batch.history is not None:
             history = {
-                "history": self._history if everyone else self._history[rows],
-                "history_lengths": torch.tensor([self._lengths[row] for row in rows]),
-                "prompt_lengths": torch.tensor([len(self._prompts[row]) for row in rows]),
+                "history": batch.history,
+                "history_lengths": batch.positions,
+                "prompt_lengths": batch.prompt_lengths,
             }
-        single = len(rows) == 1
         return ops.sample(
             logits,
             temperature=params.temperature,
@@ -174,27 +236,30 @@ class Decoder:
             repetition_penalty=params.repetition_penalty,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
-            logit_bias=self._logit_bias,
+            logit_bias=self._early_bias if self._generated < params.min_new_tokens else self._bias,
             seed=self.seed,
-            sequence=self._sequences[rows[0]] if single else torch.tensor([self._sequences[row] for row in rows]),
-            position=self._lengths[rows[0]] if single else torch.tensor([self._lengths[row] for row in rows]),
+            sequence=batch.sequences,
+            position=batch.positions,
             **history,
         )
 
     def _accept(self, row: int, token: int, logprob: float | None) -> Token:
-        if self._history is not None:
-            self._history[row, self._lengths[row]] = token
-        self._last[row] = token
         self._lengths[row] += 1
-        self._generated[row] += 1
         finish: FinishReason | None = None
         if token in self._stop_ids:
             finish = "stop"
-        elif self._generated[row] >= self._params.max_new_tokens:
+        elif self._generated >= self._params.max_new_tokens:
             finish = "length"
         elif self._lengths[row] > self._context:
             finish = "context"
         return Token(row, token, logprob, finish)
+
+
+def _logprobs(logits: Tensor, ids: Sequence[int]) -> list[float]:
+    """Natural-log probabilities of one id for each row of logits [B, V]."""
+    chosen = torch.tensor(ids, device=logits.device)[:, None]
+    found: list[float] = logits.float().log_softmax(dim=-1).gather(1, chosen)[:, 0].tolist()
+    return found
 
 
 def _dense_bias(bias: Mapping[int, float] | None, vocab_size: int) -> Tensor | None:

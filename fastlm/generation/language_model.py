@@ -27,6 +27,8 @@ __all__ = ["Completion", "LanguageModel", "load"]
 
 Message = dict[str, str]
 
+_AHEAD = 16  # steps between two looks at the keyboard's interrupt
+
 
 @dataclass
 class Completion:
@@ -105,7 +107,8 @@ class LanguageModel:
         results = [Completion(seed=decoder.seed, logprobs=[] if params.logprobs else None) for _ in prompts]
         assemblers = [self._assembler(params) for _ in prompts] if text else None
         while decoder.active:
-            for token in decoder.step():
+            # A stop string may end a row at any token.
+            for token in decoder.step(1 if params.stop else _AHEAD):
                 result = results[token.row]
                 result.ids.append(token.id)
                 if result.logprobs is not None and token.logprob is not None:
