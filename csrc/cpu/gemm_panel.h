@@ -40,22 +40,20 @@ struct Rows {
 
 // out[r][4][lanes] += sum over k < n of rows[r][k] * panel[k][4][lanes], for R rows.
 //
-// Weights are fetched ahead, an address beyond the matrix doing no harm. With one or two rows the time is that of the
-// fetching: 4 KB ahead, across the pages at which the hardware's prefetcher stops. With more, `fetch` (given for the
-// first of several tiles over a block) brings the next block into the level-2 cache while this one is in use.
-template <int R>
-FASTLM_INLINE void panel_tile(const float* const* rows, const float* panel, int64_t n, float* out, int64_t out_stride,
-                              bool fetch) {
+// With `Fetch` (the first tile to use this part of the panel) the weights are fetched 4 KB ahead, across the pages at
+// which the hardware's prefetcher stops; an address beyond the matrix does no harm. Not inlined, since among the
+// callers' variables GCC keeps the rows' addresses in memory.
+template <int R, bool Fetch>
+static __attribute__((noinline)) void panel_tile(const float* const* rows, const float* panel, int64_t n, float* out,
+                                                 int64_t out_stride) {
   vf sum[R][4];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) sum[r][v] = vf{};
   for (int64_t k = 0; k < n; ++k, panel += kPanel) {
-    if (R <= 2)
+    if (Fetch)
       for (int line = 0; line < kPanel; line += 16) __builtin_prefetch(panel + 1024 + line);
-    else if (fetch)
-      for (int line = 0; line < kPanel; line += 16) __builtin_prefetch(panel + kBlock * kPanel + line, 0, 2);
     vf weight[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) weight[v] = load(panel + v * kLanes);
@@ -75,13 +73,14 @@ FASTLM_INLINE void panel_tile(const float* const* rows, const float* panel, int6
     }
 }
 
-// Fewer rows than the widest tile: picks the tile of `count` rows.
+// Picks the tile of `count` <= R rows.
 template <int R>
-FASTLM_INLINE void panel_tail(int64_t count, const float* const* rows, const float* panel, int64_t n, float* out,
-                              int64_t out_stride) {
+FASTLM_INLINE void panel_rows(int64_t count, const float* const* rows, const float* panel, int64_t n, float* out,
+                              int64_t out_stride, bool fetch) {
   if constexpr (R > 0) {
-    if (count == R) return panel_tile<R>(rows, panel, n, out, out_stride, false);
-    panel_tail<R - 1>(count, rows, panel, n, out, out_stride);
+    if (count < R) return panel_rows<R - 1>(count, rows, panel, n, out, out_stride, fetch);
+    if (fetch) return panel_tile<R, true>(rows, panel, n, out, out_stride);
+    panel_tile<R, false>(rows, panel, n, out, out_stride);
   }
 }
 
@@ -89,19 +88,16 @@ FASTLM_INLINE void panel_tail(int64_t count, const float* const* rows, const flo
 [[maybe_unused]] static __attribute__((noinline)) void panel_product(const Rows& rows, int64_t count,
                                                                      const float* panel, int64_t k, float* out,
                                                                      int64_t out_stride) {
+  const int64_t tiles = panels_for(count, kRows);
   for (int64_t begin = 0; begin < k; begin += kBlock) {
     const int64_t n = k - begin < kBlock ? k - begin : kBlock;
     const float* block = panel + begin * kPanel;
-    for (int64_t i = 0; i < count; i += kRows) {
-      const int64_t tile = count - i < kRows ? count - i : kRows;
+    for (int64_t i = 0, left = tiles; left > 0; --left) {
+      const int64_t tile = panels_for(count - i, left);  // even ones: eight rows are quicker as 4 + 4 than as 6 + 2
       const float* at[kRows];
       for (int64_t r = 0; r < tile; ++r) at[r] = rows[i + r] + begin;
-      if (tile == kRows && i == 0)
-        panel_tile<kRows>(at, block, n, out + i * out_stride, out_stride, true);
-      else if (tile == kRows)
-        panel_tile<kRows>(at, block, n, out + i * out_stride, out_stride, false);
-      else
-        panel_tail<kRows - 1>(tile, at, block, n, out + i * out_stride, out_stride);
+      panel_rows<kRows>(tile, at, block, n, out + i * out_stride, out_stride, i == 0);
+      i += tile;
     }
   }
 }
