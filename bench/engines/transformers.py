@@ -1,0 +1,48 @@
+"""Hugging Face transformers in float32, from a GGUF file (which it expands) or from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from bench.engines import TEMPERATURE
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """`AutoModelForCausalLM`, eager, with its default attention (PyTorch's fused one) and KV cache."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        logging.disable_progress_bar()
+        path = Path(model)
+        where: dict[str, Any] = {"pretrained_model_name_or_path": model}
+        if path.is_file():
+            where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        self._model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+
+    def generate(self, prompts: list[list[int]], tokens: int, top_p: float | None = None) -> list[list[int]]:
+        ids = torch.tensor(prompts)
+        how: dict[str, Any] = {"do_sample": False}
+        if top_p is not None:
+            how = {"do_sample": True, "temperature": TEMPERATURE, "top_p": top_p, "top_k": 0}
+        with torch.inference_mode():
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                pad_token_id=0,
+                **how,
+            )
+        new: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        return new
+
+    def logits(self, ids: list[int]) -> Any:
+        with torch.inference_mode():
+            return self._model(torch.tensor([ids])).logits[0].numpy()
