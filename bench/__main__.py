@@ -1,91 +1,176 @@
-"""`python -m bench first`: the first figures, ours against what a user has today."""
+"""`python -m bench cpu`: ours and the peers on the same weights and tokens, turn by turn, correctness first.
+
+Exit code 0: all gates green. 1: a gate is red, so that row has no figure. 2: a row's ratio fell since the last result
+of this machine. A peer that is not installed, or crashes, is a row that says so.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
+import os
 import platform
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import measure, regression, report
 from bench.case import Case, GateFailed
-from bench.measure import compare, read_bandwidth
+from bench.worker import OURS, EngineError, Task
 from fastlm.cli.info import collect
 
-_SUITES = {"first": ("lstm_step", "sampling", "decode")}
+# Modules of bench/cases, in the order they run. Long ones are asked for with --long.
+_SUITES: dict[str, tuple[str, ...]] = {
+    "first": ("lstm_step", "sampling", "decode"),
+    "cpu": (
+        "decode",
+        "batch",
+        "prefill",
+        "gpt2",
+        "sampling",
+        "attention",
+        "attention_decode",
+        "lstm_step",
+        "training_memory",
+    ),
+}
+_LONG = {"cpu": ("nanogpt",)}
+_PEERS = ("llama_cpp_python", "ctranslate2")
+_QUICK_PAIRS = 3
+# Threads of an engine in another process spin on for some milliseconds after its turn (GCC's OpenMP: about 10).
+_SETTLE = 0.03
 
 
-def _rate(case: Case, seconds: float) -> str:
-    if case.unit == "calls":
-        return f"{seconds * 1e6:,.0f} µs"
-    return f"{case.work / seconds:,.1f} {case.unit}/s"
+def _memory(function: Any) -> int | None:
+    return function.peak_bytes() if isinstance(function, Task) else measure.grown_bytes(function)
 
 
-def _run_case(case: Case) -> dict[str, Any]:
+def run_case(case: Case, *, quick: bool = False) -> dict[str, Any]:
+    """The row: figures where the gate is green and the peer ran, else the reason why there are none."""
     row: dict[str, Any] = {"case": case.name, "shape": case.shape, "against": case.peer_name, "goal": case.goal}
+    if case.note:
+        row["note"] = case.note
+    pairs = min(case.pairs, _QUICK_PAIRS) if quick else case.pairs
     try:
-        case.gate()
+        row["gate"] = case.gate() or "passed"
+        if case.returns_figure:
+            result = measure.compare_figures(case.ours, case.peer, pairs=pairs)
+        else:
+            settle = _SETTLE if isinstance(case.ours, Task) or isinstance(case.peer, Task) else 0.0
+            result = measure.compare(case.ours, case.peer, pairs=pairs, seconds=case.seconds, settle=settle)
+            row |= {"ours_bytes": _memory(case.ours), "peer_bytes": _memory(case.peer)}
     except GateFailed as error:
-        return row | {"gate": str(error)}
-    result = compare(case.ours, case.peer, pairs=case.pairs, seconds=case.seconds)
-    shown = {"ours_shown": _rate(case, result.ours), "peer_shown": _rate(case, result.peer)}
-    return row | {"gate": "passed"} | asdict(result) | shown
+        return row | {"status": "gate failed", "reason": str(error)}
+    except EngineError as error:
+        # Ours that crashes is a failure; a peer that does is a fact.
+        return row | {"status": "gate failed" if error.engine == OURS else "peer unavailable", "reason": str(error)}
+    row |= {"status": "measured"} | asdict(result) | report.figures(case, result)
+    return row | _bound(case, result.ours)
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| case | shape | ours | peer | against | ratio (middle half) | goal |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        start = f"| {row['case']} | {row['shape']} |"
-        if row["gate"] != "passed":
-            lines.append(f"{start} **gate failed: {row['gate']}** | | {row['against']} | | |")
-            continue
-        goal = f"{row['goal']:.0f}×" if row["goal"] else ""
-        ratio = f"**{row['ratio']:.1f}×** ({row['ratio_low']:.1f}–{row['ratio_high']:.1f})"
-        lines.append(f"{start} {row['ours_shown']} | {row['peer_shown']} | {row['against']} | {ratio} | {goal} |")
-    return "\n".join(lines)
+def _bound(case: Case, seconds: float) -> dict[str, Any]:
+    """What the machine would need at least, reading at the speed at which it reads that many bytes now, and
+    multiplying at that of torch's float32 matrix product; and how near ours is to it."""
+    if case.moved is None:
+        return {}
+    reads = measure.read_bandwidth(case.resident or case.moved)
+    needed = {"reads": case.moved / reads, "sgemm": (case.flops or 0.0) / _flop_per_s()}
+    ceiling = max(needed, key=lambda name: needed[name])
+    return {"reads_of_this_size_per_s": reads, "ceiling": ceiling, "ours_of_ceiling": needed[ceiling] / seconds}
+
+
+@functools.cache
+def _flop_per_s() -> float:
+    return measure.matmul_rate()
+
+
+def _rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    suite = arguments.suite
+    modules = _SUITES[suite] + (_LONG.get(suite, ()) if arguments.long else ())
+    if arguments.only and arguments.only not in modules:
+        raise SystemExit(f"--only: {arguments.only!r}, expected one of {', '.join(modules)} (or --long is missing)")
+    for module in [arguments.only] if arguments.only else modules:
+        command = f"python -m bench {suite} --only {module} --threads {torch.get_num_threads()}"
+        for case in importlib.import_module(f"bench.cases.{module}").cases():
+            start = time.perf_counter()
+            row = run_case(case, quick=arguments.quick) | {"group": module, "command": command}
+            yield row | {"took_s": round(time.perf_counter() - start, 1)}
+
+
+def _record(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    facts = collect()
+    versions = dict(facts["versions"])
+    for package in _PEERS:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    ceilings = {"read_bytes_per_s": measure.read_bandwidth(), "flop_per_s": _flop_per_s()}
+    return {
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+        "machine": facts["machine"] | {"isa": facts["isa"]["active"]} | ceilings,
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "GOMP_", "KMP_"))},
+        "rows": rows,
+    }
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("suite", choices=sorted(_SUITES), help="which cases to run")
+    parser.add_argument("--only", metavar="GROUP", help="only the cases of this file of bench/cases, e.g. sampling")
+    parser.add_argument("--quick", action="store_true", help=f"{_QUICK_PAIRS} pairs a row")
+    parser.add_argument("--long", action="store_true", help="cases of many minutes too")
+    parser.add_argument("--threads", type=int, help="threads of ours and of every peer; default: torch's own choice")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("suite", choices=sorted(_SUITES), help="which cases to run")
-    parser.add_argument("--only", help="run only the cases of this file, e.g. sampling")
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads; default: torch's own choice")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
-    arguments = parser.parse_args()
+    """Runs a suite; returns the exit code."""
+    arguments = _parse()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    start = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    for name in _SUITES[arguments.suite]:
-        if arguments.only and name != arguments.only:
-            continue
-        for case in importlib.import_module(f"bench.cases.{name}").cases():
-            rows.append(_run_case(case))
-            print(_table(rows[-1:]).splitlines()[-1], flush=True)
-    facts = collect()
-    record = {
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": facts["versions"],
-        "machine": facts["machine"] | {"isa": facts["isa"]["active"], "read_bytes_per_s": read_bandwidth()},
-        "rows": rows,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    target = arguments.out / f"{arguments.suite}-{platform.machine()}-{facts['isa']['active']}.json"
-    target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for row in _rows(arguments):
+        rows.append(row)
+        print(report.line(row), flush=True)
+    record = _record(rows)
     machine = record["machine"]
-    print(f"\n{_table(rows)}\n")
+    # A part of the suite, or a quick one, is a result of its own: it never replaces that of a full run.
+    part = "".join(f"-{word}" for word in (arguments.only, "quick" * arguments.quick) if word)
+    stem = f"{arguments.suite}-{platform.machine()}-{machine['isa']}"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    target = arguments.out / f"{stem}{part}.json"
+    last = target if target.exists() else arguments.out / f"{stem}.json"
+    worse = regression.regressions(json.loads(last.read_text(encoding="utf-8")), record) if last.exists() else []
+    target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    written = [target]
+    if report.plot(record, target.with_suffix(".png")):
+        written.append(target.with_suffix(".png"))
+    print(f"\n{report.table(rows)}\n")
     print(
         f"{machine['processor']}, {machine['threads']} threads, {machine['isa']}, reads "
-        f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s; torch {facts['versions']['torch']}, transformers "
-        f"{facts['versions']['transformers']}. Written to {target}"
+        f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s, sgemm {machine['flop_per_s'] / 1e9:.0f} GFLOP/s; "
+        + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        + f". {time.perf_counter() - start:.0f} s. Written: {', '.join(map(str, written))}"
     )
-    return 0 if all(row["gate"] == "passed" for row in rows) else 1
+    for text in worse:
+        print(f"WORSE than the last result ({last.name}): {text}")
+    if any(row["status"] == "gate failed" for row in rows):
+        return 1
+    return 2 if worse else 0
 
 
 if __name__ == "__main__":

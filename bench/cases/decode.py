@@ -1,74 +1,61 @@
-"""Greedy decoding of a real model, against transformers in float32 on the same dequantised weights."""
+"""Greedy decoding of a real model, batch 1, ours and llama.cpp from the very same file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import torch
 
-import fastlm
-from bench.case import Case, require
-from fastlm.checkpoints.pull import pull
-from fastlm.models.llama import LlamaConfig
+from bench import models
+from bench.case import Case
+from bench.cases.engines import PEERS, matrices, task
+from bench.gates import smollm2_gate, text
+from bench.worker import OURS, Pool
 
-__all__ = ["cases", "transformers_llama"]
+__all__ = ["cases"]
 
-_PROMPT = "The history of the steam engine begins"
-_TOKENS = 64
-
-
-def transformers_llama(path: str) -> Any:
-    """transformers' LlamaForCausalLM in float32 with the weights of a Llama GGUF file, dequantised by transformers."""
-    from pathlib import Path
-
-    from transformers import AutoModelForCausalLM
-
-    file = Path(path)
-    return AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32).eval()
+_TOKENS = 128
+_PROMPT = 16
+_GOALS = {
+    ("Q4_1", "llama_cpp"): 2.0,
+    ("Q8_0", "llama_cpp"): 1.8,
+    ("Q4_0", "llama_cpp"): 1.3,
+    ("F16", "llama_cpp"): 1.2,
+    ("F32", "llama_cpp"): 1.1,
+    ("F32", "ctranslate2"): 1.1,
+    ("F32", "transformers"): None,
+    ("Q4_1", "transformers"): 15.0,
+}
 
 
 def cases() -> Iterator[Case]:
-    """SmolLM2-135M, Q4_1 file, batch 1."""
-    path = str(pull("smollm2-135m"))
-    peer = transformers_llama(path)
-    model = fastlm.load(path, compute="fast")
-    exact = fastlm.load(path, compute="exact")
-    assert isinstance(model.model.config, LlamaConfig)
-    ids = model.encode(_PROMPT)
-    inputs = torch.tensor([ids])
+    """SmolLM2-135M at each kind of weights against llama.cpp, and against the float32 engines."""
+    for kind in models.KINDS:
+        with Pool(torch.get_num_threads()) as pool:
+            for (of, engine), goal in _GOALS.items():
+                if of == kind:
+                    yield _case(pool, kind, engine, goal)
 
-    def run_peer() -> list[int]:
-        with torch.inference_mode():
-            out = peer.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=_TOKENS,
-                min_new_tokens=_TOKENS,
-                do_sample=False,
-            )
-        return out[0, len(ids) :].tolist()
 
-    def run_ours(lm: fastlm.LanguageModel = model) -> list[int]:
-        return lm.generate_ids([ids], max_new_tokens=_TOKENS, min_new_tokens=_TOKENS, temperature=0)[0]
-
-    def gate() -> None:
-        require(run_ours(exact) == run_peer(), "greedy tokens (exact) differ from transformers'")
-        with torch.inference_mode():
-            want = peer(inputs).logits[0].double().log_softmax(-1)
-        got = model.logits(inputs)[0].double().log_softmax(-1)
-        divergence = float((want.exp() * (want - got)).sum(-1).mean())
-        require(divergence < 3.3e-3, f"mean KL of the fast path is {divergence:.2e}")
-
-    yield Case(
-        name="decode SmolLM2-135M Q4_1",
+def _case(pool: Pool, kind: str, engine: str, goal: float | None) -> Case:
+    file = models.smollm2(kind)
+    prompt = [text()[:_PROMPT]]
+    size = matrices(file)
+    theirs = models.smollm2_ctranslate2 if engine == "ctranslate2" else file
+    return Case(
+        name=f"decode SmolLM2-135M {kind}",
         shape=f"batch 1, {_TOKENS} tokens",
-        peer_name="transformers float32",
-        gate=gate,
-        ours=run_ours,
-        peer=run_peer,
+        peer_name=PEERS[engine].format(kind=kind if engine == "llama_cpp" else "float32"),
+        gate=partial(smollm2_gate, kind),
+        ours=task(pool, OURS, file, prompt, _TOKENS),
+        peer=task(pool, engine, theirs, prompt, _TOKENS),
         work=_TOKENS,
         unit="tokens",
-        goal=5.0,
+        goal=goal,
         pairs=5,
+        moved=size.nbytes * _TOKENS,
+        resident=size.nbytes,
+        flops=2 * size.elements * _TOKENS,
+        note=models.how_made(kind),
     )
