@@ -69,7 +69,7 @@ def write(run: str | Path, snapshot: Snapshot, save_model: Callable[[Path], obje
         _flush_folder(folder)
     except (OSError, ValueError) as error:
         kept = checkpoints(run)
-        problem = error.problem if isinstance(error, CheckpointError) else str(error)
+        problem = error.__cause__ if isinstance(error, CheckpointError) else error
         state = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
         raise CheckpointError(final, f"could not be written: {problem}; {state}") from error
     finally:

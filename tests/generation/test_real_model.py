@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from logits import mean_kl
 
 import fastlm
 from fastlm.generation import LanguageModel
@@ -72,6 +73,9 @@ def test_greedy_tokens_are_transformers(smollm2_gguf: Path, peer: Any) -> None:
     assert [len(row) for row in rows] == [NEW_TOKENS] * len(PROMPTS)
     for text, prompt, new in zip(PROMPTS, prompts, rows, strict=True):
         assert first_difference(peer, prompt, new, model.stop_ids) is None, text
+        ids = torch.tensor([prompt + new])
+        with torch.no_grad():
+            assert mean_kl(peer(ids).logits, model.logits(ids)) < 1e-5, text
 
 
 def test_the_comparison_sees_one_wrong_token(smollm2_gguf: Path, peer: Any) -> None:
