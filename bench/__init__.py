@@ -1,1 +1,6 @@
-"""Benchmarks: each case checks its result first, then times ours and the peer turn by turn in one process."""
+"""Benchmarks: each case checks its result first, then ours and the peer are timed turn by turn in one run.
+
+python -m bench cpu                              all of it: a table, a record and a picture in bench/results
+python -m bench cpu --only decode --quick        one group of rows, fewer pairs
+pytest bench/kernels --benchmark-only            kernels alone, every implementation that can serve the call
+"""

@@ -43,7 +43,7 @@ _SUITES: dict[str, tuple[str, ...]] = {
         "training_memory",
     ),
 }
-_LONG = {"cpu": ("nanogpt",)}
+_LONG = {"cpu": ("compiled", "nanogpt")}
 _PEERS = ("llama_cpp_python", "ctranslate2")
 _QUICK_PAIRS = 3
 # Threads of an engine in another process spin on for some milliseconds after its turn (GCC's OpenMP: about 10).

@@ -1,1 +1,1 @@
-"""One file per case. A case is a generator of `Row`s; see `bench.case`."""
+"""One file per group of rows, with a function `cases()` that yields `bench.case.Case`s; see `bench.__main__`."""

@@ -8,8 +8,8 @@ import torch
 
 from bench import models
 from bench.case import Case, require
-from bench.cases.engines import PEERS, matrices, task
 from bench.gates import smollm2_gate, text
+from bench.generating import PEERS, matrices, task
 from bench.worker import OURS, Pool
 
 __all__ = ["cases"]

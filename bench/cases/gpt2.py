@@ -10,8 +10,8 @@ import torch
 
 from bench import models
 from bench.case import Case
-from bench.cases.engines import matrices, task
 from bench.gates import judge_quality, quality
+from bench.generating import matrices, task
 from bench.worker import OURS, EngineError, Pool
 
 __all__ = ["cases"]

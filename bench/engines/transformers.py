@@ -15,9 +15,10 @@ __all__ = ["Engine"]
 
 
 class Engine:
-    """`AutoModelForCausalLM`, eager, with its default attention (PyTorch's fused one) and KV cache."""
+    """`AutoModelForCausalLM` with its default attention (PyTorch's fused one): eager with the growing KV cache, or
+    `compiled` with the static one, which is what torch.compile needs."""
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, compiled: bool = False) -> None:
         torch.set_num_threads(threads)
         logging.disable_progress_bar()
         path = Path(model)
@@ -25,12 +26,16 @@ class Engine:
         if path.is_file():
             where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         self._model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+        self._cache: dict[str, Any] = {}
+        if compiled:
+            self._model.forward = torch.compile(self._model.forward)
+            self._cache = {"cache_implementation": "static"}
 
     def generate(self, prompts: list[list[int]], tokens: int, top_p: float | None = None) -> list[list[int]]:
         ids = torch.tensor(prompts)
-        how: dict[str, Any] = {"do_sample": False}
+        how: dict[str, Any] = {"do_sample": False} | self._cache
         if top_p is not None:
-            how = {"do_sample": True, "temperature": TEMPERATURE, "top_p": top_p, "top_k": 0}
+            how |= {"do_sample": True, "temperature": TEMPERATURE, "top_p": top_p, "top_k": 0}
         with torch.inference_mode():
             out = self._model.generate(
                 ids,

@@ -1,4 +1,4 @@
-"""What the cases on whole models share: a turn of an engine as a Task, and what one token has to read."""
+"""What the groups that generate with whole models share: an engine's turn as a Task, and what one token must read."""
 
 from __future__ import annotations
 
