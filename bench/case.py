@@ -24,6 +24,8 @@ class Case:
         ours, peer: do the work once: plain callables, or `bench.worker.Task`s, which run in processes of their own.
         work: units of `unit` per call, for the rate column (tokens, say). The unit "bytes" and "seconds": the callables
             return the figure, instead of being timed.
+        seconds: about how long a turn takes; a Task's is one call.
+        pairs: turns of each.
         goal: the ratio this project set itself, or None.
         moved: bytes of weights, keys or logits that one call has to read, once per pass over them.
         resident: bytes of one pass, which decide from which cache they come; None: `moved`.

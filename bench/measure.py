@@ -44,6 +44,8 @@ def _seconds_per_call(function: Callable[[], object], calls: int, settle: float 
 
 def _calls_for(function: Callable[[], object], seconds: float) -> int:
     function()  # warm up: caches, packed weights, thread pool
+    if not seconds:
+        return 1
     once = _seconds_per_call(function, 1)
     return max(1, round(seconds / max(once, 1e-7)))
 
@@ -68,7 +70,7 @@ def compare(
     seconds: float = 0.3,
     settle: float = 0.0,
 ) -> Comparison:
-    """Times the two in turn `pairs` times, each turn as many calls as take about `seconds`, who begins alternating.
+    """Times the two in turn `pairs` times, each turn about `seconds` of calls (0: one call), who begins alternating.
 
     `settle` seconds are waited before each turn: the threads of an engine in another process go on spinning for some
     milliseconds after their work, on the cores that the next one needs.

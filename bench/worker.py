@@ -156,10 +156,13 @@ class Task:
             raise EngineError(self.engine, f"no model for it: {type(error).__name__}: {error}") from error
         return self.pool.get(self.engine, model, **self.options)
 
-    def peak_bytes(self) -> int | None:
-        """Most memory that the engine's process, weights included, holds during a call; None where Linux can't say."""
-        worker = self._worker()
-        return int(worker.call("peak_rss")) if worker.call("forget_peak") and self() is not None else None
+    def forget_peak(self) -> bool:
+        """Starts `peak_bytes` again from what is held now; False where Linux can't."""
+        return bool(self._worker().call("forget_peak"))
+
+    def peak_bytes(self) -> int:
+        """Most memory that the engine's process, weights included, held since `forget_peak`."""
+        return int(self._worker().call("peak_rss"))
 
 
 def _serve(engine: str, model: str, threads: int, options: dict[str, Any]) -> None:
