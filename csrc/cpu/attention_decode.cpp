@@ -211,7 +211,7 @@ static void run_task(const Pass& pass, int64_t b, int64_t kv_head, int64_t chunk
 static void merge(const Pass& pass, int64_t b, int64_t head, int64_t token) {
   const AttentionDecode& a = *pass.a;
   const int64_t dim = a.dim, chunks = pass.chunk_count(b);
-  float* output = a.output + ((b * a.heads + head) * a.tokens + pass.first + token) * dim;
+  float* output = a.output + ((b * a.tokens + pass.first + token) * a.heads + head) * dim;
   float top = -__builtin_inff();
   for (int64_t c = 0; c < chunks; ++c) {
     const float largest = pass.partial_of(b, head, token, c)[dim];

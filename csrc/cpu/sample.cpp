@@ -339,7 +339,7 @@ int64_t sample_row(const SampleArgs& a, int64_t row, const Scratch& s) {
   const Options o = options_of(a, row);
   const float* x = a.logits + row * a.row_stride;
   const int64_t n = a.vocab;
-  const int64_t* history = a.history == nullptr ? nullptr : a.history + row * a.history_length;
+  const int64_t* history = a.history == nullptr ? nullptr : a.history + row * a.history_stride;
   if (a.bias != nullptr || (history != nullptr && o.penalised())) {
     const float* bias = a.bias == nullptr ? nullptr : a.bias + row * a.bias_stride;
     if (!process(x, bias, history, n, o, s)) return -1;

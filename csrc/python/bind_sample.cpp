@@ -37,7 +37,8 @@ struct Scratch {
 // Options come as numbers and, for those given per row, addresses of [batch] float64 or int64.
 int64_t bind(address logits, int64_t row_stride, int64_t batch, int64_t vocab, std::array<double, 6> reals,
              std::array<address, 6> real_rows, std::array<int64_t, 6> integers, std::array<address, 6> integer_rows,
-             address bias, int64_t bias_stride, address history, int64_t history_length, address tokens, int threads) {
+             address bias, int64_t bias_stride, address history, int64_t history_stride, int64_t history_length,
+             address tokens, int threads) {
   if (batch < 0 || vocab < 1 || vocab > (int64_t{1} << 24) || threads < 1)
     throw py::value_error("sample: batch, vocab or threads out of range");
   const auto real = [&](int i) { return RealOption{reals[i], pointer<const double>(real_rows[i])}; };
@@ -62,6 +63,7 @@ int64_t bind(address logits, int64_t row_stride, int64_t batch, int64_t vocab, s
   args.bias = pointer<const float>(bias);
   args.bias_stride = bias_stride;
   args.history = pointer<const int64_t>(history);
+  args.history_stride = history_stride;
   args.history_length = history_length;
   args.tokens = pointer<int64_t>(tokens);
   if (Program* const program = recording()) {

@@ -98,7 +98,7 @@ struct Case {
           }
           for (int64_t d = 0; d < a.dim; ++d) {
             const double off =
-                std::abs(sum[d] / total - output[((b * a.heads + h) * a.tokens + t) * a.dim + d]);
+                std::abs(sum[d] / total - output[((b * a.tokens + t) * a.heads + h) * a.dim + d]);
             if (!(off <= largest)) largest = off;
           }
         }

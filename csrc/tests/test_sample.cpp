@@ -50,7 +50,7 @@ struct Case {
     args.scratch = scratch.get();
     args.scratch_vocab = vocab;
     args.threads = threads;
-    args.history_lengths.value = args.history_length = 7;
+    args.history_lengths.value = args.history_length = args.history_stride = 7;
   }
   int64_t run() { return fastlm::sample(args); }
   int64_t argmax(int64_t row) const {

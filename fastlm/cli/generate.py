@@ -63,6 +63,9 @@ def generate(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.", rich_help_panel="Sampling")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this string (repeatable).")] = None,
+    draft_tokens: Annotated[
+        int, typer.Option(help="Guess this many tokens ahead where the text repeats itself; same text, sooner. 0: off.")
+    ] = 0,
     compute: Annotated[Compute, typer.Option(help="Arithmetic for quantised weights.")] = Compute.fast,
 ) -> None:
     """Continue a prompt with a pretrained or trained model.
@@ -85,6 +88,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
         "stop": tuple(stop or ()),
+        "draft_tokens": draft_tokens,
     }
     from fastlm.generation import SamplingParams
 

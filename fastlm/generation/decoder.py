@@ -1,11 +1,13 @@
 """The generation loop: a ragged batch of prompts, one token a row at each step.
 
 The first step reads the prompts. The second is recorded (`capture`), and from then on the steps are replayed natively,
-until a row ends: the rest is then recorded again. Where a step cannot be recorded, it runs op by op.
+until a row ends: the rest is then recorded again. Where a step cannot be recorded, it runs op by op. A single row's
+tokens can be guessed ahead and confirmed several at a time (`speculative`).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,9 +18,12 @@ from torch import Tensor
 from fastlm import ops
 from fastlm.generation.batch import Batch
 from fastlm.generation.capture import Captured, CaptureError, Refused
+from fastlm.generation.draft import Draft, PromptLookup
 from fastlm.generation.params import SamplingParams, as_ids
+from fastlm.generation.speculative import Speculation
 from fastlm.kernels import native
 from fastlm.models.base import CausalLM
+from fastlm.nn.state import KVCache
 from fastlm.ops.registry import choosing
 
 __all__ = ["Decoder", "FinishReason", "Token"]
@@ -53,6 +58,7 @@ class Decoder:
         sequences: the random sequence of each row. Default: rows with the same prompt are numbered 0, 1, ... and so
             differ from each other, and a row's draws do not depend on the other prompts.
         capture: record the decode step and replay it where that is possible; False runs every step op by op.
+        draft: guesses `params.draft_tokens` tokens ahead of a single row; default: prompt lookup.
 
     Raises:
         ValueError: a prompt is empty, has ids outside the vocabulary, or leaves no room in the model's context.
@@ -67,6 +73,7 @@ class Decoder:
         stop_ids: Collection[int] = (),
         sequences: Sequence[int] | None = None,
         capture: bool = True,
+        draft: Draft | None = None,
     ) -> None:
         self._prompts = as_ids(prompts)
         context = model.config.context_length
@@ -99,6 +106,9 @@ class Decoder:
         self._state = model.make_state(len(self._prompts), self._context)
         self._captured: Captured | None = None
         self._why_not_captured: str | None = None if capture else "capture=False"
+        self._draft = draft if draft is not None or not params.draft_tokens else PromptLookup()
+        self._speculation: Speculation | None = None
+        self._ids = [list(prompt) for prompt in self._prompts]
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -135,21 +145,13 @@ class Decoder:
             return []
         if tuple(self._active) != self._batch.rows:
             self._batch = self._batch.keep(self._active)
-            self._captured = None
-        if self._generated == 0:
-            logits = self._prefill()
-            values = [self._choose(logits).tolist()]
-        elif self._captured is None:
-            logits, chosen = self._first_step()
-            values = [chosen.tolist()]
-        else:
-            logits, _ = self._captured.result
-            values = self._replay(1 if self._params.logprobs else min(ahead, self._steps_left()))
+            self._captured = self._speculation = None
+        steps, logits = self._steps(ahead)
         tokens = []
-        for ids in values:
+        for at, ids in enumerate(steps):
             logprobs: list[float] | list[None] = [None] * len(ids)
             if self._params.logprobs:
-                logprobs = _logprobs(logits, ids)
+                logprobs = _logprobs(logits if len(steps) == 1 else logits[at : at + 1], ids)
             self._generated += 1
             tokens += [self._accept(*triple) for triple in zip(self._active, ids, logprobs, strict=True)]
         ended = {token.row for token in tokens if token.finish}
@@ -157,7 +159,59 @@ class Decoder:
             self._active = [row for row in self._active if row not in ended]
         if self._generated == self._params.min_new_tokens:
             self._captured = None  # it holds the bias against stop tokens
+            if self._speculation is not None:
+                self._speculation.forget()
         return tokens
+
+    def _steps(self, ahead: int) -> tuple[list[list[int]], Tensor]:
+        """The tokens of one or more steps, each [B], and the logits [B, V] of the last, or of several of one row."""
+        if self._generated == 0:
+            logits = self._prefill()
+            tokens = self._sample(logits, self._batch)
+            self._batch.feed(tokens)
+            return [tokens.tolist()], logits
+        if self._captured is None:
+            logits, tokens = self._first_step()
+            return [tokens.tolist()], logits
+        if self._draft is not None and len(self._active) == 1 and isinstance(self._state, KVCache):
+            found = self._guess()
+            if found is not None:
+                return found
+            if self._speculation is not None and self._draft is not None:
+                ahead = min(ahead, max(1, self._speculation.pace.waiting))
+        start = time.perf_counter()
+        steps = self._replay(1 if self._params.logprobs else min(ahead, self._steps_left()))
+        if self._speculation is not None:
+            self._speculation.pace.plain(time.perf_counter() - start, len(steps))
+        return steps, self._captured.result[0]
+
+    def _guess(self) -> tuple[list[list[int]], Tensor] | None:
+        """Guessed tokens that proved right and the one after them; None where a plain step is the better choice."""
+        row, count = self._active[0], self._params.draft_tokens
+        if self._speculation is None:
+            assert self._draft is not None
+            self._speculation = Speculation(self._decode, self._batch, self._draft, count)
+        speculation, ids = self._speculation, self._ids[row]
+        if speculation.pace.waiting or self._steps_left() < count + 1:
+            return None
+        guesses = speculation.draft.propose(ids, count)
+        if not guesses:
+            return None
+        restore = self._state.snapshot()
+        try:
+            tokens, logits = speculation.confirm(ids[-1], len(ids), guesses)
+        except CaptureError:
+            restore()
+            self._draft = None
+            return None
+        ends = [at for at, token in enumerate(tokens) if token in self._stop_ids]
+        tokens = tokens[: ends[0] + 1] if ends else tokens
+        # The step has appended the last token and all guesses.
+        assert isinstance(self._state, KVCache)
+        self._state.lengths[row] -= count + 1 - len(tokens)
+        for token in tokens:
+            self._batch.feed(torch.tensor([token]))
+        return [[token] for token in tokens], logits
 
     def _prefill(self) -> Tensor:
         rows = []
@@ -169,17 +223,16 @@ class Decoder:
             rows.append(self._model.head(hidden[:, -1:])[:, -1])
         return torch.cat(rows)
 
-    def _decode(self) -> tuple[Tensor, Tensor]:
-        """One step: the logits [B, V] and the tokens [B] sampled from them."""
-        batch = self._batch
-        logits = self._model.head(self._model.hidden(batch.ids, self._state, batch.index))[:, -1]
-        return logits, self._choose(logits)
+    def _decode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Reads the batch's ids [B, T]: the logits [B T, V] behind each, and the tokens [B T] sampled from them."""
+        logits = self._model.head(self._model.hidden(batch.ids, self._state, batch.index)).flatten(0, 1)
+        return logits, self._sample(logits, batch)
 
-    def _choose(self, logits: Tensor) -> Tensor:
-        """Samples from logits [B, V] and appends the tokens [B] to their rows."""
-        tokens = self._sample(logits)
+    def _plain_step(self) -> tuple[Tensor, Tensor]:
+        """A step of all active rows, which appends the tokens to them."""
+        logits, tokens = self._decode(self._batch)
         self._batch.feed(tokens)
-        return tokens
+        return logits, tokens
 
     def _first_step(self) -> tuple[Tensor, Tensor]:
         """A step of this batch, recorded if it can be."""
@@ -188,13 +241,13 @@ class Decoder:
         if self._why_not_captured is None:
             restore = self._state.snapshot()
             try:
-                self._captured = Captured(self._decode, self._batch.ids)
+                self._captured = Captured(self._plain_step, self._batch.ids)
                 logits, tokens = self._captured.result
                 return logits, tokens
             except CaptureError as error:
                 self._why_not_captured = str(error)
                 restore()
-        return self._decode()
+        return self._plain_step()
 
     def _obstacle(self) -> str | None:
         if native.CPU.module is None:
@@ -208,7 +261,7 @@ class Decoder:
         try:
             return self._captured.run(times, self._stop_ids)
         except Refused:
-            self._sample(self._captured.result[0])  # says what is wrong with the logits
+            self._sample(self._captured.result[0], self._batch)  # says what is wrong with the logits
             raise
 
     def _steps_left(self) -> int:
@@ -218,8 +271,8 @@ class Decoder:
             limit = self._params.min_new_tokens - self._generated
         return min(limit, self._context + 1 - max(self._lengths[row] for row in self._active))
 
-    def _sample(self, logits: Tensor) -> Tensor:
-        params, batch = self._params, self._batch
+    def _sample(self, logits: Tensor, batch: Batch) -> Tensor:
+        params = self._params
         history: dict[str, Tensor] = {}
         if batch.history is not None:
             history = {
@@ -245,6 +298,7 @@ class Decoder:
 
     def _accept(self, row: int, token: int, logprob: float | None) -> Token:
         self._lengths[row] += 1
+        self._ids[row].append(token)
         finish: FinishReason | None = None
         if token in self._stop_ids:
             finish = "stop"

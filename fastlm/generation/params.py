@@ -8,10 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from fastlm.ops.linear import FEW_ROWS
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["SamplingOptions", "SamplingParams"]
+
+
+MOST_DRAFTS = FEW_ROWS - 1
+"""With the token before them they are read by kernels for few rows, whose results do not depend on how many."""
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -30,6 +36,7 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     logprobs: bool
+    draft_tokens: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,9 @@ class SamplingParams:
         seed: the same seed gives the same tokens, alone or in any batch; None draws a fresh one.
         stop: strings that end a row; the text ends before the first of them.
         logprobs: return each token's log-probability under the model (before penalties and filters).
+        draft_tokens: guess so many tokens ahead of a single row from what followed the like of its end earlier in the
+            text, and confirm them in one step. The tokens are the same as without; a text that repeats itself comes
+            sooner. 0: off.
 
     Raises:
         ValueError: a value is out of its range; the message names the option.
@@ -68,6 +78,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "an integer >= 1")
@@ -81,6 +92,7 @@ class SamplingParams:
         _check("repetition_penalty", self.repetition_penalty, positive, "> 0 (1: off)")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), math.isfinite(getattr(self, name)), "a finite number (0: off)")
+        _check("draft_tokens", self.draft_tokens, 0 <= self.draft_tokens <= MOST_DRAFTS, f"between 0 and {MOST_DRAFTS}")
         _check("stop", self.stop, all(self.stop), "strings that are not empty")
         if self.seed is not None:
             _check("seed", self.seed, 0 <= self.seed < 2**64, "in [0, 2**64)")

@@ -85,9 +85,7 @@ class GPT(CausalLM):
         else:
             assert isinstance(state, KVCache)
             step = state.step(batch, count, rows)
-            positions = step.starts[:, None]  # [B, T]
-            if count > 1:
-                positions = positions + torch.arange(count, device=input_ids.device)
+            positions = step.positions()
         x = self.embedding(input_ids) + self.positions(positions)
         x = functional.dropout(x, self.config.dropout, self.training)
         for index, layer in enumerate(self.layers):

@@ -20,6 +20,11 @@ Rows: TypeAlias = Sequence[int] | Tensor | None
 """Which rows of a state a batch's entries belong to: distinct indices, or None for all of them in order."""
 
 
+_FEW_TOKENS = 16
+"""Up to so many new tokens are read by the kernel for one, whose results do not depend on how many they are: tokens
+guessed ahead are then judged by the very numbers that they would have had one by one."""
+
+
 def _row_list(rows: Rows, available: int) -> list[int]:
     if rows is None:
         return list(range(available))
@@ -155,7 +160,7 @@ class KVStep:
         self.cache = cache
         self.count = count
         everyone = self.rows == list(range(cache.rows))
-        # Where equally long rows get several tokens, plain attention to a slice of the cache serves.
+        # Where equally long rows get many tokens, plain attention to a slice of the cache serves.
         self._start = starts[0] if len(set(starts)) == 1 and (everyone or batch == 1) else None
         device = cache.keys[0].device
         index = None if everyone else _row_index(rows, self.rows)
@@ -165,6 +170,17 @@ class KVStep:
         self.starts, self.lengths = self.starts.to(device), self.lengths.to(device)
         self._index = None if index is None else index.to(device)
 
+    def positions(self) -> Tensor:
+        """Where the new tokens stand: int64 [batch, count]."""
+        if len(self.rows) == 1 and self.count <= _FEW_TOKENS:
+            places = self.starts.new_empty(1, self.count)
+            for t in range(self.count):
+                ops.offset(self.starts, t, out=places[0, t : t + 1])
+            return places
+        if self.count == 1:
+            return self.starts[:, None]
+        return self.starts[:, None] + torch.arange(self.count, device=self.starts.device)
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Writes key and value [batch, kv_heads, count, head_dim] into their places."""
         ops.kv_append(self.cache.keys[layer], self.cache.values[layer], key, value, self.starts, rows=self._index)
@@ -172,7 +188,7 @@ class KVStep:
     def attend(self, layer: int, query: Tensor, window: int | None = None) -> Tensor:
         """Causal attention of query [batch, heads, count, head_dim] over the layer's keys, new ones included."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.count > 1 and self._start is not None:
+        if self.count > _FEW_TOKENS and self._start is not None:
             rows = slice(None) if self._index is None else slice(self.rows[0], self.rows[0] + 1)
             end = self._start + self.count
             return ops.attention(query, keys[rows, :, :end], values[rows, :, :end], causal=True, window=window)

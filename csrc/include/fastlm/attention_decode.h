@@ -28,7 +28,7 @@ struct AttentionDecode {
   float scale;
   float softcap;   // 0: none
   int64_t window;  // at least 1; INT64_MAX: none
-  float* output;   // [batch, heads, tokens, dim], contiguous; overlaps no input
+  float* output;   // [batch, tokens, heads, dim], contiguous, as the projection behind it reads it; overlaps no input
   float* scratch;  // attention_decode_scratch(...) floats, for the time of the call
   int threads;     // at most; the result does not depend on it, nor on the other entries of the batch
 };

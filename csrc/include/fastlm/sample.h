@@ -32,7 +32,8 @@ struct SampleArgs {
 
   const float* bias;  // added to the logits: [batch, vocab], rows `bias_stride` apart (0: one for all); null: none
   int64_t bias_stride;
-  const int64_t* history;  // token ids, [batch, history_length] contiguous; null: none
+  const int64_t* history;  // token ids, [batch, history_length], rows `history_stride` apart (0: one for all); null: none
+  int64_t history_stride;
   int64_t history_length;
   IntegerOption history_lengths;  // [0, history_length]: entries that count
   IntegerOption prompt_lengths;   // entries before it are the prompt: presence and frequency do not count them

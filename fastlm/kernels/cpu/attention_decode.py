@@ -63,7 +63,8 @@ def attention_decode(
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(torch.float32).contiguous()
         slopes_stride = query.shape[1] if alibi_slopes.dim() == 2 else 0
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    batch, heads, tokens, dim = query.shape
+    output = query.new_empty((batch, tokens, heads, dim))
     native.CPU.require().attention_decode(
         query.data_ptr(),
         query.shape,
@@ -83,4 +84,4 @@ def attention_decode(
         output.data_ptr(),
         native.num_threads(),
     )
-    return output
+    return output.transpose(1, 2)

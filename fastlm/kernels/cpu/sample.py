@@ -53,14 +53,15 @@ def run(
     x = logits if logits.dtype == torch.float32 else logits.float()
     if x.stride(1) != 1:
         x = x.contiguous()
-    bias_address = bias_stride = history_address = length = 0
+    bias_address = bias_stride = history_address = history_stride = length = 0
     if logit_bias is not None:
         bias = logit_bias.to("cpu", torch.float32)
         bias = bias if bias.stride(1) == 1 else bias.contiguous()
         bias_address, bias_stride = bias.data_ptr(), bias.stride(0)
     if history is not None and history.shape[1] > 0:
-        ids = history.to("cpu").contiguous()
-        history_address, length = ids.data_ptr(), ids.shape[1]
+        ids = history.to("cpu")
+        ids = ids if ids.stride(1) == 1 else ids.contiguous()
+        history_address, history_stride, length = ids.data_ptr(), ids.stride(0), ids.shape[1]
     lengths = (
         length if history_lengths is None else history_lengths,
         0 if prompt_lengths is None else prompt_lengths,
@@ -81,6 +82,7 @@ def run(
         bias_address,
         bias_stride,
         history_address,
+        history_stride,
         length,
         tokens.data_ptr(),
         native.num_threads(),

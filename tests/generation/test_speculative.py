@@ -1,0 +1,190 @@
+"""Guessed tokens: what comes out is what would have come without, and the guesses are the ones to make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from fastlm.generation import Decoder, SamplingParams
+from fastlm.generation.draft import Draft, PromptLookup
+from fastlm.generation.params import MOST_DRAFTS
+from fastlm.generation.speculative import Pace
+from fastlm.models.base import CausalLM
+from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.models.llama import Llama, LlamaConfig
+from fastlm.models.recurrent import LSTMLM, RecurrentConfig
+
+VOCAB = 97
+
+
+def _gpt() -> CausalLM:
+    return GPT(GPTConfig(vocab_size=VOCAB, context_length=64, num_layers=2, num_heads=4, hidden_size=32))
+
+
+def _llama() -> CausalLM:
+    sizes = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "hidden_size": 32, "intermediate_size": 48}
+    return Llama(LlamaConfig(vocab_size=VOCAB, context_length=64, window=9, **sizes))
+
+
+@pytest.fixture(params=[_gpt, _llama])
+def model(request: pytest.FixtureRequest) -> CausalLM:
+    torch.manual_seed(5)
+    made: CausalLM = request.param().eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return made
+
+
+class Oracle:
+    """Guesses from what the model is going to say, every `wrong`th token changed; counts what it is asked."""
+
+    def __init__(self, text: Sequence[int], wrong: int) -> None:
+        self.text = [
+            (token + 1) % VOCAB if wrong and at % wrong == wrong - 1 else token for at, token in enumerate(text)
+        ]
+        self.asked: list[int] = []
+
+    def propose(self, ids: Sequence[int], count: int) -> list[int]:
+        self.asked.append(len(ids))
+        return self.text[len(ids) : len(ids) + count]
+
+
+def _run(
+    model: CausalLM, prompt: list[int], draft: Draft | None = None, stop: Sequence[int] = (), **options: object
+) -> list[tuple[int, float | None, str | None]]:
+    decoder = Decoder(model, [prompt], SamplingParams.of(seed=3, **options), stop_ids=stop, draft=draft)
+    tokens = []
+    while decoder.active:
+        tokens += [(t.id, t.logprob, t.finish) for t in decoder.step(4)]
+    return tokens
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "greedy": {"temperature": 0},
+    "top-p": {"top_p": 0.9},
+    "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.4},
+    "min-new": {"min_new_tokens": 17, "temperature": 2.0},
+    "logprobs": {"logprobs": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("wrong", [0, 1, 3, 7])
+@pytest.mark.parametrize("count", [1, 4, MOST_DRAFTS])
+def test_guesses_change_nothing(model: CausalLM, options: str, wrong: int, count: int) -> None:
+    prompt = [1, 2, 3, 4, 5]
+    want = _run(model, prompt, max_new_tokens=40, **OPTIONS[options])
+    draft = Oracle([*prompt, *(token for token, _, _ in want)], wrong)
+    got = _run(model, prompt, draft, max_new_tokens=40, draft_tokens=count, **OPTIONS[options])
+    assert [(token, finish) for token, _, finish in got] == [(token, finish) for token, _, finish in want]
+    if options == "logprobs":
+        torch.testing.assert_close(torch.tensor([p for _, p, _ in got]), torch.tensor([p for _, p, _ in want]))
+    assert draft.asked
+
+
+def test_right_guesses_save_steps(model: CausalLM) -> None:
+    prompt = [1, 2, 3]
+    want = _run(model, prompt, max_new_tokens=42, temperature=0)
+    draft = Oracle([*prompt, *(token for token, _, _ in want)], 0)
+    decoder = Decoder(model, [prompt], SamplingParams.of(max_new_tokens=42, temperature=0, draft_tokens=4), draft=draft)
+    steps = []
+    while decoder.active:
+        steps.append([token.id for token in decoder.step()])
+    assert [token for step in steps for token in step] == [token for token, _, _ in want]
+    assert [len(step) for step in steps[:4]] == [1, 1, 5, 5]
+    assert decoder.why_not_captured is None
+
+
+def test_a_stop_token_among_the_guesses_ends_the_row(model: CausalLM) -> None:
+    prompt = [1, 2, 3]
+    free = _run(model, prompt, max_new_tokens=30, temperature=3.0)
+    stop = next(token for at, (token, _, _) in enumerate(free) if at > 5 and token not in [t for t, _, _ in free[:at]])
+    want = _run(model, prompt, stop=[stop], max_new_tokens=30, temperature=3.0)
+    draft = Oracle([*prompt, *(token for token, _, _ in free)], 0)
+    got = _run(model, prompt, draft, [stop], max_new_tokens=30, temperature=3.0, draft_tokens=7)
+    assert got == want and want[-1][0] == stop and want[-1][2] == "stop"
+
+
+def test_the_context_can_be_filled_to_the_end(model: CausalLM) -> None:
+    prompt = [1] * 50
+    want = _run(model, prompt, max_new_tokens=40)
+    draft = Oracle([*prompt, *(token for token, _, _ in want)], 0)
+    assert _run(model, prompt, draft, max_new_tokens=40, draft_tokens=5) == want
+    assert len(want) == 15 and want[-1][2] == "context"
+
+
+def test_batches_and_recurrent_models_do_without() -> None:
+    torch.manual_seed(5)
+    lstm = LSTMLM(RecurrentConfig(vocab_size=VOCAB, embedding_size=24, hidden_size=32, num_layers=2)).eval()
+    want = _run(lstm, [1, 2, 1, 2, 1, 2], max_new_tokens=12)
+    assert _run(lstm, [1, 2, 1, 2, 1, 2], max_new_tokens=12, draft_tokens=3) == want
+    llama = _llama().eval()
+    both = []
+    for count in (0, 3):
+        decoder = Decoder(llama, [[1, 2, 1, 2], [3]], SamplingParams.of(max_new_tokens=9, draft_tokens=count, seed=1))
+        tokens = []
+        while decoder.active:
+            tokens += decoder.step()
+        both.append(tokens)
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("count", [-1, MOST_DRAFTS + 1])
+def test_a_wrong_number_is_named(count: int) -> None:
+    with pytest.raises(ValueError, match=f"draft_tokens: {count} is not between 0 and {MOST_DRAFTS}"):
+        SamplingParams(draft_tokens=count)
+
+
+@pytest.mark.parametrize(
+    ("ids", "want"),
+    [
+        ([1, 2, 3, 4, 5, 1, 2, 3], [4, 5, 1, 2]),
+        ([1, 2, 3, 4], []),
+        ([1, 2, 3], []),
+        ([7, 1, 2, 3, 10, 8, 1, 2, 3, 20, 7, 1, 2, 3], [10, 8, 1, 2]),  # longer agreement wins over the later place
+        ([1, 2, 3, 10, 1, 2, 3, 20, 1, 2, 3], [20, 1, 2, 3]),  # of equal ones the later
+        ([5, 5, 5, 5, 5], [5]),
+    ],
+)
+def test_prompt_lookup(ids: list[int], want: list[int]) -> None:
+    assert PromptLookup().propose(ids, 4) == want
+    growing = PromptLookup()
+    for end in range(len(ids)):
+        growing.propose(ids[:end], 4)
+    assert growing.propose(ids, 4) == want
+
+
+def test_pauses_grow_while_guesses_fail_and_end_when_one_pays() -> None:
+    pace = Pace()
+    pace.plain(0.1, 10)
+    waits: list[int] = []
+    for _ in range(3):
+        pace.guessed(0.03, 1)
+        waits.append(pace.waiting)
+        pace.plain(0.01 * pace.waiting, pace.waiting)
+        assert pace.waiting == 0
+    assert waits == [32, 64, 128]
+    pace.guessed(0.03, 4)
+    assert pace.waiting == 0
+    pace.guessed(0.03, 1)
+    assert pace.waiting == 32
+
+
+def test_planted_fault_wrong_guesses_kept_is_seen(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlm.generation import speculative
+
+    confirm = speculative.Speculation.confirm
+
+    def trusting(self: speculative.Speculation, last: int, position: int, guesses: Sequence[int]) -> object:
+        tokens, logits = confirm(self, last, position, guesses)
+        return [*guesses, tokens[-1]][: len(tokens) + 1], logits
+
+    prompt = [1, 2, 3, 4, 5]
+    want = _run(model, prompt, max_new_tokens=20)
+    monkeypatch.setattr(speculative.Speculation, "confirm", trusting)
+    draft = Oracle([*prompt, *(token for token, _, _ in want)], 3)
+    assert _run(model, prompt, draft, max_new_tokens=20, draft_tokens=4) != want
