@@ -6,7 +6,9 @@
     print(lm.generate("The capital of France is", max_new_tokens=8, temperature=0))
 
 `fastlm.ops` has the operators, `fastlm.nn` drop-in modules, `fastlm.training.Trainer` the training loop;
-`fastlm.backend(name)` forces an implementation and `fastlm.explain(op, ...)` says which one a call would use.
+`fastlm.accelerate(model)` puts fastlm's modules into any torch model, `fastlm.generate` its generation loop into those
+of transformers; `fastlm.backend(name)` forces an implementation and `fastlm.explain(op, ...)` says which one a call
+would use.
 """
 
 from __future__ import annotations
@@ -16,21 +18,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastlm.generation import LanguageModel, SamplingParams, load
+    from fastlm.integrations.torch_modules import accelerate, restore
+    from fastlm.integrations.transformers import generate
     from fastlm.ops.registry import backend, explain
 
 __version__ = "0.1.0"
 
-__all__ = ["LanguageModel", "SamplingParams", "__version__", "backend", "explain", "load"]
+__all__ = [
+    "LanguageModel",
+    "SamplingParams",
+    "__version__",
+    "accelerate",
+    "backend",
+    "explain",
+    "generate",
+    "load",
+    "restore",
+]
 
 # Loaded when first used, so that `import fastlm` (and `fastlm --help`) does not wait for all of it.
 _LAZY = {
     "LanguageModel": "fastlm.generation",
     "SamplingParams": "fastlm.generation",
     "load": "fastlm.generation",
+    "accelerate": "fastlm.integrations.torch_modules",
+    "restore": "fastlm.integrations.torch_modules",
+    "generate": "fastlm.integrations.transformers",
     "backend": "fastlm.ops.registry",
     "explain": "fastlm.ops.registry",
 }
-_SUBMODULES = frozenset({"checkpoints", "data", "evaluation", "generation", "models", "nn", "ops", "training"})
+_SUBMODULES = frozenset(
+    {"checkpoints", "data", "evaluation", "generation", "integrations", "models", "nn", "ops", "training"}
+)
 
 
 def __getattr__(name: str) -> Any:

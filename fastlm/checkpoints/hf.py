@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from fastlm.checkpoints.atomic import save_tensors_atomic, write_json_atomic
 from fastlm.checkpoints.errors import CheckpointError
 from fastlm.checkpoints.weights import (
     Checkpoint,
+    Weight,
     dense_weights,
     expect_match,
     install,
@@ -23,11 +25,12 @@ from fastlm.checkpoints.weights import (
     translate,
 )
 from fastlm.models import GPT, CausalLM, GPTConfig, Llama, LlamaConfig, ModelConfig
+from fastlm.ops.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
     from fastlm.data.tokenizer import Tokenizer
 
-__all__ = ["load_hf", "read_json", "read_safetensors", "save_hf"]
+__all__ = ["expect_family", "from_state", "load_hf", "read_json", "read_safetensors", "save_hf"]
 
 _GPT = {
     "embedding": "transformer.wte",
@@ -115,9 +118,9 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 class _Reader:
     """Typed look-ups in a config.json."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
         self.path = path
-        self.values = read_json(path)
+        self.values = values
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
         """The value of `key`, null counting as absent. CheckpointError: of another type, or missing with no default."""
@@ -215,21 +218,62 @@ def load_hf(
     from fastlm.data.tokenizer import Tokenizer
 
     folder = Path(folder)
-    reader = _Reader(folder / "config.json")
-    kind = reader.values.get("model_type")
-    if kind not in _FAMILIES:
-        raise CheckpointError(reader.path, f"model_type is {kind!r}, expected one of {', '.join(_FAMILIES)}")
-    make_config, modules = _FAMILIES[kind]
-    model = skeleton(reader.path, lambda: make_config(reader))
-    names = {ours: translate(ours, modules) for ours in model.state_dict()}
+    config = folder / "config.json"
+    values = read_json(config)
+    expect_family(values, config)
     path, tensors = _read_weights(folder)
+    model = from_state(values, tensors, dtype=dtype, device=device, compute=compute, config_path=config, path=path)
+    tokenizer = None
+    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        try:
+            tokenizer = Tokenizer.from_hf(folder)
+        except ValueError as error:
+            raise CheckpointError(folder, f"tokenizer: {error}") from error
+    return Checkpoint(model, tokenizer, values)
+
+
+def expect_family(values: Mapping[str, Any], path: Path) -> None:
+    """CheckpointError: the configuration is not of one of the families that are read here."""
+    kind = values.get("model_type")
+    if kind not in _FAMILIES:
+        raise CheckpointError(path, f"model_type is {kind!r}, expected one of {', '.join(_FAMILIES)}")
+
+
+def from_state(
+    values: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    compute: str = "fast",
+    config_path: Path = Path("config"),
+    path: Path = Path("state_dict"),
+    kind: str | None = None,
+) -> CausalLM:
+    """The model of a configuration and weights as transformers has them: `config.to_dict()` and `state_dict()`.
+
+    The weights' memory is shared where neither dtype nor layout changes.
+
+    Args:
+        kind: quantise matrices to this kind ("Q8_0", ...); None leaves them.
+        config_path, path: whom errors blame.
+
+    Raises:
+        CheckpointError: as `load_hf`; a matrix cannot be quantised to `kind`.
+    """
+    reader = _Reader(config_path, values)
+    expect_family(values, config_path)
+    family = values["model_type"]
+    make_config, modules = _FAMILIES[family]
+    model = skeleton(config_path, lambda: make_config(reader))
+    names = {ours: translate(ours, modules) for ours in model.state_dict()}
     # The bare model, saved without its head, has names without the first part.
     prefix = modules["norm"].split(".")[0] + "."
     tensors = {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in tensors.items()}
     tensors = {n: t for n, t in tensors.items() if not _BUFFERS.search(n)}
     if model.output is None:
         tensors.pop("lm_head.weight", None)
-    transposed = {names[n] for n in names if kind == "gpt2" and n != "output.weight" and is_linear(model, n)}
+    transposed = {names[n] for n in names if family == "gpt2" and n != "output.weight" and is_linear(model, n)}
     expected = {names[ours]: list(tensor.shape) for ours, tensor in model.state_dict().items()}
     for name in transposed:
         expected[name].reverse()
@@ -238,18 +282,18 @@ def load_hf(
     if wrong:
         raise CheckpointError(path, f"tensor {wrong[0]}, expected one of {', '.join(map(str, _DTYPES))}")
     # GPT-2's linear layers are stored as [in, out].
-    weights = {
+    weights: dict[str, Weight] = {
         ours: tensors[theirs].t().contiguous() if theirs in transposed else tensors[theirs]
         for ours, theirs in names.items()
     }
-    model = install(model, weights, dtype=dtype, device=device, compute=compute)
-    tokenizer = None
-    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        try:
-            tokenizer = Tokenizer.from_hf(folder)
-        except ValueError as error:
-            raise CheckpointError(folder, f"tokenizer: {error}") from error
-    return Checkpoint(model, tokenizer, reader.values)
+    if kind is not None:
+        for name, weight in weights.items():
+            if isinstance(weight, Tensor) and (is_linear(model, name) or name == "embedding.weight"):
+                try:
+                    weights[name] = QuantizedTensor.quantize(weight, kind)
+                except ValueError as error:
+                    raise CheckpointError(path, f"{names[name]}: {error}") from error
+    return install(model, weights, dtype=dtype, device=device, compute=compute)
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
