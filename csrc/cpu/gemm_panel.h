@@ -1,8 +1,9 @@
-// Products of float rows with a weight matrix packed into panels of four vectors' width.
+// Products of float rows with a weight matrix packed into panels of four vectors' width, or three.
 //
 // A packed matrix is [panels][k][4][lanes]: one panel holds 4 * lanes columns of a k-by-n matrix, its values in the
 // order in which the product reads them, zeros where n ends inside the panel. In a gate-packed matrix a panel is the
-// four gates of `lanes` hidden units, so whoever computes a panel has all that those units' update needs.
+// gates of `lanes` hidden units (four, or [panels][k][3][lanes] for a GRU), so whoever computes a panel has all that
+// those units' update needs.
 //
 // The products are summed in k order in blocks of kBlock, whatever the number of rows: a row's result never depends
 // on the rows beside it. (Block sums also keep the error of a long sum near that of a short one.)
@@ -38,65 +39,66 @@ struct Rows {
   const float* operator[](int64_t i) const { return (i < split ? first : rest) + i * stride; }
 };
 
-// out[r][4][lanes] += sum over k < n of rows[r][k] * panel[k][4][lanes], for R rows.
+// out[r][slot][lanes] += sum over k < n of rows[r][k] * panel[k][v][lanes], for R rows and V vectors. Vector v goes to
+// slot v, the last one to slot Last.
 //
 // With `Fetch` (the first tile to use this part of the panel) the weights are fetched 4 KB ahead, across the pages at
 // which the hardware's prefetcher stops; an address beyond the matrix does no harm. Not inlined, since among the
 // callers' variables GCC keeps the rows' addresses in memory.
-template <int R, bool Fetch>
+template <int R, bool Fetch, int V, int Last>
 static __attribute__((noinline)) void panel_tile(const float* const* rows, const float* panel, int64_t n, float* out,
                                                  int64_t out_stride) {
-  vf sum[R][4];
+  vf sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) sum[r][v] = vf{};
-  for (int64_t k = 0; k < n; ++k, panel += kPanel) {
+    for (int v = 0; v < V; ++v) sum[r][v] = vf{};
+  for (int64_t k = 0; k < n; ++k, panel += V * kLanes) {
     if (Fetch)
-      for (int line = 0; line < kPanel; line += 16) __builtin_prefetch(panel + 1024 + line);
-    vf weight[4];
+      for (int line = 0; line < V * kLanes; line += 16) __builtin_prefetch(panel + 1024 + line);
+    vf weight[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) weight[v] = load(panel + v * kLanes);
+    for (int v = 0; v < V; ++v) weight[v] = load(panel + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vf x = broadcast(rows[r][k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sum[r][v] += x * weight[v];
+      for (int v = 0; v < V; ++v) sum[r][v] += x * weight[v];
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      float* p = out + r * out_stride + v * kLanes;
+    for (int v = 0; v < V; ++v) {
+      float* p = out + r * out_stride + (v == V - 1 ? Last : v) * kLanes;
       store(p, load(p) + sum[r][v]);
     }
 }
 
 // Picks the tile of `count` <= R rows.
-template <int R>
+template <int R, int V, int Last>
 FASTLM_INLINE void panel_rows(int64_t count, const float* const* rows, const float* panel, int64_t n, float* out,
                               int64_t out_stride, bool fetch) {
   if constexpr (R > 0) {
-    if (count < R) return panel_rows<R - 1>(count, rows, panel, n, out, out_stride, fetch);
-    if (fetch) return panel_tile<R, true>(rows, panel, n, out, out_stride);
-    panel_tile<R, false>(rows, panel, n, out, out_stride);
+    if (count < R) return panel_rows<R - 1, V, Last>(count, rows, panel, n, out, out_stride, fetch);
+    if (fetch) return panel_tile<R, true, V, Last>(rows, panel, n, out, out_stride);
+    panel_tile<R, false, V, Last>(rows, panel, n, out, out_stride);
   }
 }
 
-// out[i][4][lanes] += row i of `rows` [count, k] times one panel [k][4][lanes]; rows of out are out_stride apart.
-[[maybe_unused]] static __attribute__((noinline)) void panel_product(const Rows& rows, int64_t count,
-                                                                     const float* panel, int64_t k, float* out,
-                                                                     int64_t out_stride) {
+// out[i][slot][lanes] += row i of `rows` [count, k] times one panel [k][V][lanes]; rows of out are out_stride apart.
+template <int V = 4, int Last = V - 1>
+static __attribute__((noinline)) void panel_product(const Rows& rows, int64_t count, const float* panel, int64_t k,
+                                                    float* out, int64_t out_stride) {
   const int64_t tiles = panels_for(count, kRows);
   for (int64_t begin = 0; begin < k; begin += kBlock) {
     const int64_t n = k - begin < kBlock ? k - begin : kBlock;
-    const float* block = panel + begin * kPanel;
+    const float* block = panel + begin * V * kLanes;
     for (int64_t i = 0, left = tiles; left > 0; --left) {
       const int64_t tile = panels_for(count - i, left);  // even ones: eight rows are quicker as 4 + 4 than as 6 + 2
       const float* at[kRows];
       for (int64_t r = 0; r < tile; ++r) at[r] = rows[i + r] + begin;
-      panel_rows<kRows>(tile, at, block, n, out + i * out_stride, out_stride, i == 0);
+      panel_rows<kRows, V, Last>(tile, at, block, n, out + i * out_stride, out_stride, i == 0);
       i += tile;
     }
   }

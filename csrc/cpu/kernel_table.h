@@ -14,6 +14,7 @@
 #include "fastlm/lstm.h"
 #include "fastlm/math.h"
 #include "fastlm/pack.h"
+#include "fastlm/recurrent.h"
 #include "fastlm/rms_norm.h"
 #include "fastlm/rotary.h"
 #include "fastlm/sample.h"
@@ -37,13 +38,15 @@
   X(void, pack_panels, (const PackPanels& a), (a))                                  \
   X(void, rms_norm, (const RmsNorm& a), (a))                                        \
   X(void, rotary, (const Rotary& a), (a))                                           \
-  X(int64_t, packed_size, (int64_t k, int64_t n, bool gates), (k, n, gates))        \
+  X(int64_t, packed_size, (int64_t k, int64_t n, int64_t gates), (k, n, gates))     \
   X(void, lstm_forward, (const LstmForward& a), (a))                                \
   X(int64_t, lstm_forward_scratch, (int64_t b, int64_t h, int64_t p, bool project, bool save), \
     (b, h, p, project, save))                                                       \
   X(void, lstm_backward, (const LstmBackward& a), (a))                              \
   X(int64_t, lstm_backward_scratch, (int64_t b, int64_t h, int64_t p, bool project), (b, h, p, project)) \
-  X(void, lstm_cell, (const LstmCell& a), (a))
+  X(void, lstm_cell, (const LstmCell& a), (a))                                      \
+  X(void, recurrent_forward, (const RecurrentForward& a), (a))                      \
+  X(int64_t, recurrent_forward_scratch, (RecurrentCell cell, int64_t n, int64_t b, int64_t h), (cell, n, b, h))
 
 namespace fastlm {
 

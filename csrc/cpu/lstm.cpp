@@ -2,82 +2,13 @@
 
 #include <cstring>
 
-#include "gemm_panel.h"
+#include "recurrence.h"
 #include "simd_math.h"
-#include "threads.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
 
 namespace {
-
-// A thread more must have at least this many multiplications in each step; below, waking it costs more than it saves.
-constexpr int64_t kWorkPerThread = 128 * 1024;
-// Steps are taken together in chunks of about this many rows: x W_ih^T of a chunk, then its recurrence while those
-// gates are still in the cache.
-constexpr int64_t kChunkRows = 128;
-
-int useful_threads(int threads, int64_t work, int64_t panels) {
-  const int64_t most = work / kWorkPerThread < panels ? work / kWorkPerThread : panels;
-  return most < 1 ? 1 : most < threads ? static_cast<int>(most) : threads;
-}
-
-int64_t padded(int64_t columns) { return panels_for(columns, kPanel) * kPanel; }
-int64_t chunk_rows(int64_t batch) { return batch > kChunkRows ? batch : kChunkRows; }
-
-int64_t total_rows(const int64_t* batch_sizes, int64_t steps) {
-  int64_t rows = 0;
-  for (int64_t t = 0; t < steps; ++t) rows += batch_sizes[t];
-  return rows;
-}
-
-FASTLM_INLINE vf load_lanes(const float* p, int n) { return n == kLanes ? load(p) : load_partial(p, n); }
-FASTLM_INLINE void store_lanes(float* p, vf v, int n) {
-  if (n == kLanes)
-    store(p, v);
-  else
-    store_partial(p, v, n);
-}
-FASTLM_INLINE int lanes_left(int64_t columns, int64_t at) {
-  return columns - at < kLanes ? static_cast<int>(columns - at) : kLanes;
-}
-
-// Visits a thread's panels to and fro: one pass over the weights from the first to the last, the next one back. A pass
-// then begins with the panels that the one before left in the level-2 cache; always in one direction, it would find none
-// of them there, each having been pushed out just before its turn.
-template <typename Visit>
-FASTLM_INLINE void sweep(Range panels, bool& back, const Visit& visit) {
-  for (int64_t i = panels.begin; i < panels.end; ++i) visit(back ? panels.begin + panels.end - 1 - i : i);
-  back = !back;
-}
-
-// Goes over the steps in the order of the recurrence, or against it.
-class Walk {
- public:
-  Walk(const int64_t* batch_sizes, int64_t steps, int64_t total, bool descending)
-      : sizes_(batch_sizes), steps_(steps), direction_(descending ? -1 : 1) {
-    step_ = descending ? steps - 1 : 0;
-    begin = descending ? total - sizes_[step_] : 0;
-  }
-  bool done() const { return step_ < 0 || step_ >= steps_; }
-  int64_t rows() const { return sizes_[step_]; }
-  // Rows of the step before or after this one in the walk; 0 beyond its ends.
-  int64_t rows_before() const { return size(step_ - direction_); }
-  int64_t rows_after() const { return size(step_ + direction_); }
-  int64_t begin_before() const { return direction_ > 0 ? begin - rows_before() : begin + rows(); }
-  int64_t begin_after() const { return direction_ > 0 ? begin + rows() : begin - rows_after(); }
-  void advance() {
-    begin = begin_after();
-    step_ += direction_;
-  }
-
-  int64_t begin;  // first row of the step
-
- private:
-  int64_t size(int64_t t) const { return t < 0 || t >= steps_ ? 0 : sizes_[t]; }
-  const int64_t* sizes_;
-  int64_t steps_, step_, direction_;
-};
 
 // One hidden-unit panel of one row: activates the gates in place, and gives h.
 FASTLM_INLINE vf update(float* gates, const float* c_in, float* c_out, int n) {
@@ -92,13 +23,6 @@ FASTLM_INLINE vf update(float* gates, const float* c_in, float* c_out, int n) {
   const vf c = f * load_lanes(c_in, n) + i * g;
   store_lanes(c_out, c, n);
   return o * tanh(c);
-}
-
-void fill_bias(float* gates, const float* bias, int64_t rows) {
-  vf b[4];
-  for (int v = 0; v < 4; ++v) b[v] = load(bias + v * kLanes);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int v = 0; v < 4; ++v) store(gates + i * kPanel + v * kLanes, b[v]);
 }
 
 void zero_panel(float* tile, int64_t rows, int64_t stride) {
@@ -134,49 +58,35 @@ class Forward {
     const Range own = share(panels_, thread, threads);
     const Range own_outputs = share(panels_for(a.outputs, kPanel), thread, threads);
     bool back = false;
-    Walk ahead(a.batch_sizes, a.steps, total_, a.reverse);
-    Walk step = ahead;
-    while (!step.done()) {
-      // The chunk: steps up to `ahead`, in memory order the rows [low, high).
-      int64_t low = step.begin, high = step.begin + step.rows();
-      for (ahead.advance(); !ahead.done() && high - low + ahead.rows() <= kChunkRows; ahead.advance()) {
-        if (ahead.begin < low) low = ahead.begin;
-        if (ahead.begin + ahead.rows() > high) high = ahead.begin + ahead.rows();
-      }
-      const int64_t base = save_ ? 0 : low;  // the row that gates_ begins with
+    const auto base = [&](int64_t low) { return save_ ? 0 : low; };  // the row that gates_ begins with
+    const auto inputs = [&](int64_t low, int64_t high) {
       for (int64_t u = own.begin; u < own.end; ++u) {
-        float* gates = gates_ + (u * gate_rows_ + low - base) * kPanel;
+        float* gates = gates_ + (u * gate_rows_ + low - base(low)) * kPanel;
         fill_bias(gates, a.bias + u * kPanel, high - low);
         const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
         panel_product(input, high - low, a.w_ih + u * a.inputs * kPanel, a.inputs, gates, kPanel);
       }
-      for (; !step.done() && step.begin >= low && step.begin < high; step.advance()) {
-        sweep(own, back, [&](int64_t u) {
-          hidden_panel(step, u, gates_ + (u * gate_rows_ + step.begin - base) * kPanel);
-        });
+    };
+    walk_in_chunks(a.batch_sizes, a.steps, total_, a.reverse, inputs, [&](const Walk& step, int64_t low) {
+      sweep(own, back, [&](int64_t u) {
+        hidden_panel(step, u, gates_ + (u * gate_rows_ + step.begin - base(low)) * kPanel);
+      });
+      barrier.wait();
+      if (a.w_hr != nullptr) {
+        for (int64_t p = own_outputs.begin; p < own_outputs.end; ++p) project_panel(step, p);
         barrier.wait();
-        if (a.w_hr != nullptr) {
-          for (int64_t p = own_outputs.begin; p < own_outputs.end; ++p) project_panel(step, p);
-          barrier.wait();
-        }
       }
-    }
+    });
   }
 
  private:
-  // The state of each row of `step` before it: rows that were there one step earlier have it in `states`, the others
-  // begin here.
-  static Rows before(const Walk& step, const float* states, const float* initial, int64_t width) {
-    return {states + step.begin_before() * width, initial, step.rows_before(), width};
-  }
-
   void hidden_panel(const Walk& step, int64_t u, float* gates) {
-    panel_product(before(step, a.output, a.h0, a.outputs), step.rows(), a.w_hh + u * a.outputs * kPanel, a.outputs,
+    panel_product(state_before(step, a.output, a.h0, a.outputs), step.rows(), a.w_hh + u * a.outputs * kPanel, a.outputs,
                   gates, kPanel);
     const int64_t at = u * kLanes, width = a.hidden;
     const int n = lanes_left(width, at);
     // Cell states are in `cells` where they are saved; else c_n holds each row's newest.
-    const Rows c_in = save_ ? before(step, a.cells, a.c0, width) : Rows{a.c_n, a.c0, step.rows_before(), width};
+    const Rows c_in = save_ ? state_before(step, a.cells, a.c0, width) : Rows{a.c_n, a.c0, step.rows_before(), width};
     float* c_out = save_ ? a.cells + step.begin * width : a.c_n;
     float* h_out = a.output + step.begin * width;
     if (a.w_hr != nullptr) h_out = save_ ? a.unprojected + step.begin * width : step_hidden_;

@@ -6,24 +6,26 @@ namespace fastlm {
 namespace FASTLM_ISA {
 
 void pack_panels(const PackPanels& a) {
-  const int64_t units = a.gates ? a.n / 4 : a.n;
-  const int64_t per_panel = a.gates ? kLanes : kPanel;
+  const bool by_gates = a.gates != 0;
+  const int64_t units = by_gates ? a.n / a.gates : a.n;
+  const int64_t per_panel = by_gates ? kLanes : kPanel;
+  const int64_t vectors = by_gates ? a.gates : 4;
   // Where a panel's vector v begins in the source, and how many of its lanes the matrix has.
-  const int64_t between = a.gates ? units : kLanes;
+  const int64_t between = by_gates ? units : kLanes;
   const int64_t panels = panels_for(units, per_panel);
   constexpr int64_t kTile = 16;  // a cache line of the source, when it is read along k
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1)
   for (int64_t p = 0; p < panels; ++p) {
-    float* panel = a.packed + p * a.k * kPanel;
+    float* panel = a.packed + p * a.k * vectors * kLanes;
     for (int64_t k0 = 0; k0 < a.k; k0 += kTile) {
       const int64_t k1 = k0 + kTile < a.k ? k0 + kTile : a.k;
-      for (int64_t v = 0; v < 4; ++v) {
-        const int64_t first = p * per_panel + (a.gates ? 0 : v * kLanes);
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t first = p * per_panel + (by_gates ? 0 : v * kLanes);
         int64_t valid = units - first;
         valid = valid < 0 ? 0 : valid < kLanes ? valid : kLanes;
         const float* source = a.source + (p * per_panel + v * between) * a.stride_n;
         for (int64_t k = k0; k < k1; ++k) {
-          float* to = panel + k * kPanel + v * kLanes;
+          float* to = panel + (k * vectors + v) * kLanes;
           const float* from = source + k * a.stride_k;
           if (valid < kLanes) {
             for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = lane < valid ? from[lane * a.stride_n] : 0.0f;
@@ -38,8 +40,8 @@ void pack_panels(const PackPanels& a) {
   }
 }
 
-int64_t packed_size(int64_t k, int64_t n, bool gates) {
-  return (gates ? panels_for(n / 4, kLanes) : panels_for(n, kPanel)) * k * kPanel;
+int64_t packed_size(int64_t k, int64_t n, int64_t gates) {
+  return gates != 0 ? panels_for(n / gates, kLanes) * gates * kLanes * k : panels_for(n, kPanel) * kPanel * k;
 }
 
 }  // namespace FASTLM_ISA

@@ -7,6 +7,7 @@
 #include "fastlm/isa.h"
 #include "fastlm/lstm.h"
 #include "fastlm/pack.h"
+#include "fastlm/recurrent.h"
 
 namespace fastlm {
 namespace {
@@ -16,18 +17,19 @@ void check(bool holds, const char* message) {
 }
 
 void check_batch_sizes(const std::vector<int64_t>& sizes, int64_t rows, int64_t batch) {
-  check(!sizes.empty(), "lstm: batch_sizes is empty, expected a size for each of at least one step");
-  check(sizes[0] == batch, "lstm: batch_sizes begins with another number than the rows of h0");
+  check(!sizes.empty(), "batch_sizes is empty, expected a size for each of at least one step");
+  check(sizes[0] == batch, "batch_sizes begins with another number than the rows of h0");
   int64_t total = 0;
   for (size_t t = 0; t < sizes.size(); total += sizes[t++])
     check(sizes[t] >= 1 && (t == 0 || sizes[t] <= sizes[t - 1]),
-          "lstm: batch_sizes has a size that is less than 1 or greater than the one before");
-  check(total == rows, "lstm: batch_sizes does not sum to the rows of input");
+          "batch_sizes has a size that is less than 1 or greater than the one before");
+  check(total == rows, "batch_sizes does not sum to the rows of input");
 }
 
-void pack(address source, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n, bool gates, address packed,
+void pack(address source, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n, int64_t gates, address packed,
           int threads) {
-  check(k >= 1 && n >= 1 && (!gates || n % 4 == 0), "pack_panels: k and n must be positive, and n four gates");
+  check(gates == 0 || gates == 3 || gates == 4, "pack_panels: gates must be 0, 3 or 4");
+  check(k >= 1 && n >= 1 && (gates == 0 || n % gates == 0), "pack_panels: k and n must be positive, and n that many gates");
   py::gil_scoped_release unlocked;
   pack_panels({pointer<const float>(source), k, n, stride_k, stride_n, gates, pointer<float>(packed), threads});
 }
@@ -100,6 +102,21 @@ void cell(int64_t batch, int64_t inputs, int64_t hidden, address input, address 
                       threads});
 }
 
+void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
+               int64_t inputs, int64_t hidden, bool reverse, address input, address w_ih, address w_hh, address bias,
+               address h0, address output, address h_n, int threads) {
+  refuse_recording("recurrent_forward");
+  check_batch_sizes(batch_sizes, rows, batch);
+  check(inputs >= 1 && hidden >= 1, "recurrent_forward: sizes must be positive");
+  const auto floats = recurrent_forward_scratch(kind, rows, batch, hidden);
+  auto* const memory = static_cast<float*>(scratch(floats * sizeof(float)));
+  py::gil_scoped_release unlocked;
+  recurrent_forward({kind, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
+                     pointer<const float>(input), pointer<const float>(w_ih), pointer<const float>(w_hh),
+                     pointer<const float>(bias), pointer<const float>(h0), reverse, pointer<float>(output),
+                     pointer<float>(h_n), memory, threads});
+}
+
 }  // namespace
 
 void bind_lstm(py::module_& m) {
@@ -113,6 +130,11 @@ void bind_lstm(py::module_& m) {
   m.def("lstm_backward", &backward);
   m.def("lstm_backward_scratch", &lstm_backward_scratch);
   m.def("lstm_cell", &cell);
+  py::enum_<RecurrentCell>(m, "RecurrentCell")
+      .value("gru", RecurrentCell::gru)
+      .value("tanh", RecurrentCell::tanh)
+      .value("relu", RecurrentCell::relu);
+  m.def("recurrent_forward", &recurrent);
 }
 
 }  // namespace fastlm

@@ -107,7 +107,7 @@ Results exact(const Layer& l, const Terms& terms) {
   return r;
 }
 
-Floats packed(const Floats& source, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n, bool gates) {
+Floats packed(const Floats& source, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n, int64_t gates) {
   Floats out = unwritten(fastlm::packed_size(k, n, gates));
   if (!source.empty()) fastlm::pack_panels({source.data(), k, n, stride_k, stride_n, gates, out.data(), 2});
   return out;
@@ -126,9 +126,9 @@ Native forward(const Layer& l, bool save, int threads) {
     n.cells = unwritten(N * H);
     n.unprojected = unwritten(project ? N * H : 0);
   }
-  const Floats w_ih = packed(l.w_ih, l.inputs, 4 * H, 1, l.inputs, true), w_hh = packed(l.w_hh, P, 4 * H, 1, P, true),
-               bias = packed(l.bias, 1, 4 * H, 0, 1, true);
-  const Floats w_hr = project ? packed(l.w_hr, H, P, 1, H, false) : Floats();
+  const Floats w_ih = packed(l.w_ih, l.inputs, 4 * H, 1, l.inputs, 4), w_hh = packed(l.w_hh, P, 4 * H, 1, P, 4),
+               bias = packed(l.bias, 1, 4 * H, 0, 1, 4);
+  const Floats w_hr = project ? packed(l.w_hr, H, P, 1, H, 0) : Floats();
   Floats scratch = unwritten(fastlm::lstm_forward_scratch(l.batch(), H, P, project, save));
   fastlm::lstm_forward({l.steps(), l.batch_sizes.data(), l.inputs, H, P, l.input.data(), w_ih.data(), w_hh.data(),
                         bias.data(), project ? w_hr.data() : nullptr, l.h0.data(), l.c0.data(), l.reverse,
@@ -176,8 +176,8 @@ void backward_is_right(const Layer& l) {
   Random next;
   const Floats g_output = random(next, N * P), g_h = random(next, B * P), g_c = random(next, B * H);
   const Native saved = forward(l, true, 2);
-  const Floats w_hh = packed(l.w_hh, 4 * H, P, P, 1, false);
-  const Floats w_hr = project ? packed(l.w_hr, P, H, H, 1, false) : Floats();
+  const Floats w_hh = packed(l.w_hh, 4 * H, P, P, 1, 0);
+  const Floats w_hr = project ? packed(l.w_hr, P, H, H, 1, 0) : Floats();
   Floats grad_gates = unwritten(N * 4 * H), grad_h = unwritten(project ? N * P : 0), previous = unwritten(N * P),
          grad_h0 = unwritten(B * P), grad_c0 = unwritten(B * H),
          scratch = unwritten(fastlm::lstm_backward_scratch(B, H, P, project));
@@ -238,9 +238,9 @@ FASTLM_TEST(lstm_cell_gives_the_bits_of_the_layer) {
     for (int64_t batch : {1, 3, 100}) {
       const Layer l = make_layer(33, hidden, 0, {batch}, false);
       const Native layer = forward(l, false, 2);
-      const Floats w_ih = packed(l.w_ih, 33, 4 * hidden, 1, 33, true),
-                   w_hh = packed(l.w_hh, hidden, 4 * hidden, 1, hidden, true),
-                   bias = packed(l.bias, 1, 4 * hidden, 0, 1, true);
+      const Floats w_ih = packed(l.w_ih, 33, 4 * hidden, 1, 33, 4),
+                   w_hh = packed(l.w_hh, hidden, 4 * hidden, 1, hidden, 4),
+                   bias = packed(l.bias, 1, 4 * hidden, 0, 1, 4);
       Floats h = unwritten(batch * hidden), c = l.c0, output = unwritten(batch * hidden);
       fastlm::lstm_cell({batch, 33, hidden, l.input.data(), l.h0.data(), c.data(), w_ih.data(), w_hh.data(),
                          bias.data(), h.data(), c.data(), output.data(), 2});
@@ -252,8 +252,8 @@ FASTLM_TEST(lstm_packing_is_a_permutation_with_zeros) {
   const int64_t lanes = fastlm::simd_lanes();
   for (int64_t k : {1, 5, 40})
     for (int64_t n : {1, 3, 17, 64, 70})
-      for (bool gates : {false, true}) {
-        const int64_t columns = gates ? 4 * n : n;
+      for (int64_t gates : {0, 3, 4}) {
+        const int64_t columns = gates != 0 ? gates * n : n, vectors = gates != 0 ? gates : 4;
         Floats source(k * columns);
         for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<float>(i + 1);
         const Floats rows_first = packed(source, k, columns, columns, 1, gates);
@@ -263,9 +263,10 @@ FASTLM_TEST(lstm_packing_is_a_permutation_with_zeros) {
         CHECK(same(rows_first, packed(turned, k, columns, 1, k, gates)));
         size_t zeros = 0;
         for (size_t at = 0; at < rows_first.size(); ++at) {
-          const int64_t lane = at % lanes, v = at / lanes % 4, row = at / (4 * lanes) % k, p = at / (4 * lanes) / k;
-          const int64_t unit = gates ? p * lanes + lane : (p * 4 + v) * lanes + lane;
-          const int64_t column = gates ? v * n + unit : unit;
+          const int64_t lane = at % lanes, v = at / lanes % vectors, width = vectors * lanes;
+          const int64_t row = at / width % k, p = at / width / k;
+          const int64_t unit = gates != 0 ? p * lanes + lane : (p * 4 + v) * lanes + lane;
+          const int64_t column = gates != 0 ? v * n + unit : unit;
           if (unit >= n)
             zeros += rows_first[at] == 0;
           else

@@ -21,12 +21,12 @@ __all__ = ["cached", "clear", "find", "pack"]
 T = TypeVar("T")
 
 
-def pack(matrix: Tensor, *, gates: bool = False) -> Tensor:
+def pack(matrix: Tensor, *, gates: int = 0) -> Tensor:
     """Packs a float32 matrix [k, n] of any strides for products `rows[.., k] @ matrix`.
 
     Args:
         matrix: [k, n]; pass `weight.t()` for a torch-style weight [n, k].
-        gates: n is four gates of n / 4 units each, and a panel takes the same units of all four.
+        gates: 3 or 4: n is that many gates of n / gates units each, and a panel takes the same units of all.
 
     Returns:
         float32, one dimension, in the layout of the active instruction-set level.

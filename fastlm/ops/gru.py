@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import _VF, Tensor
 
 from fastlm.ops.library import autograd_by_reference, tracing
-from fastlm.ops.recurrent import SequenceOp, check_cell, torch_sequence
+from fastlm.ops.recurrent import (
+    SequenceOp,
+    check_cell,
+    native_cell,
+    native_sequence,
+    native_why_not,
+    torch_sequence,
+)
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import gru as reference
+from fastlm.reference.recurrent import States
 
 __all__ = ["gru", "gru_cell"]
+
+
+def _native_why_not(input: Tensor, states: States, weights: Sequence[Tensor], *_: Any) -> str | None:
+    return native_why_not(input, *states, *weights)
+
 
 GRU = SequenceOp(
     "gru",
     3,
     [
+        Implementation("cpu", native_sequence("gru"), _native_why_not),
         Implementation("torch", torch_sequence(_VF.gru), always),
         Implementation("reference", reference.gru, always),
     ],
@@ -26,6 +41,7 @@ GRU = SequenceOp(
 GRU_CELL = Op(
     "gru_cell",
     [
+        Implementation("cpu", native_cell("gru"), native_why_not),
         Implementation("torch", _VF.gru_cell, always),
         Implementation("reference", reference.gru_cell, always),
     ],

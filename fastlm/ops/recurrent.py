@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastlm.kernels import native
+from fastlm.kernels.cpu import recurrent as kernel
 from fastlm.ops.checks import describe, expect_shape
-from fastlm.ops.library import needs_grad, tracing
+from fastlm.ops.library import needs_grad, opaque_kernel_why_not, tracing
 from fastlm.ops.registry import Implementation, Op
-from fastlm.reference.recurrent import States
+from fastlm.reference.recurrent import States, Weights, sequence
 
-__all__ = ["SequenceOp", "check_cell", "torch_sequence"]
+__all__ = ["SequenceOp", "check_cell", "native_cell", "native_sequence", "native_why_not", "torch_sequence"]
 
 _ARGUMENTS = (
     "Tensor input, Tensor[] states, Tensor[] weights, Tensor? batch_sizes, "
@@ -60,6 +62,39 @@ def torch_sequence(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, 
         return output, tuple(final)
 
     return run
+
+
+def native_sequence(cell: str) -> Callable[..., tuple[Tensor, States]]:
+    """The implementation by our kernel for GRU ("gru") and plain RNN ("tanh", "relu")."""
+
+    def layer(
+        input: Tensor, batch_sizes: list[int], states: States, weights: Weights, reverse: bool
+    ) -> tuple[Tensor, States]:
+        output, h_n = kernel.layer_forward(cell, input, batch_sizes, states[0], weights[:4], reverse)
+        return output, (h_n,)
+
+    def run(*args: Any) -> tuple[Tensor, States]:
+        return sequence(layer, *args)
+
+    return run
+
+
+def native_cell(cell: str) -> Callable[..., Tensor]:
+    """One step of `native_sequence`: (input, h, w_ih, w_hh, b_ih, b_hh) -> the next h."""
+
+    def run(input: Tensor, h: Tensor, *weights: Tensor | None) -> Tensor:
+        return kernel.layer_forward(cell, input, [input.shape[0]], h, weights, False)[0]
+
+    return run
+
+
+def native_why_not(input: Tensor, *tensors: Tensor | None) -> str | None:
+    """Why the kernel of `native_sequence` and `native_cell` can't run, which has no backward; None where it can."""
+    if input.numel() == 0:
+        return "the batch is empty"
+    if needs_grad(input, *tensors):
+        return "a gradient is wanted"
+    return opaque_kernel_why_not(native.CPU, input, *tensors)
 
 
 class SequenceOp:

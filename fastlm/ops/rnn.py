@@ -9,7 +9,14 @@ import torch
 from torch import _VF, Tensor
 
 from fastlm.ops.library import autograd_by_reference, tracing
-from fastlm.ops.recurrent import SequenceOp, check_cell, torch_sequence
+from fastlm.ops.recurrent import (
+    SequenceOp,
+    check_cell,
+    native_cell,
+    native_sequence,
+    native_why_not,
+    torch_sequence,
+)
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import rnn as reference
 from fastlm.reference.recurrent import States
@@ -18,6 +25,8 @@ __all__ = ["rnn", "rnn_cell"]
 
 _SEQUENCES = {"tanh": torch_sequence(_VF.rnn_tanh), "relu": torch_sequence(_VF.rnn_relu)}
 _CELLS = {"tanh": _VF.rnn_tanh_cell, "relu": _VF.rnn_relu_cell}
+_NATIVE_SEQUENCES = {name: native_sequence(name) for name in _CELLS}
+_NATIVE_CELLS = {name: native_cell(name) for name in _CELLS}
 
 
 def _torch_run(*args: Any) -> tuple[Tensor, States]:
@@ -28,10 +37,27 @@ def _torch_cell(*args: Any) -> Tensor:
     return _CELLS[args[-1]](*args[:-1])
 
 
+def _native_run(*args: Any) -> tuple[Tensor, States]:
+    return _NATIVE_SEQUENCES[args[-1]](*args[:-1])
+
+
+def _native_run_why_not(input: Tensor, states: States, weights: Sequence[Tensor], *_: Any) -> str | None:
+    return native_why_not(input, *states, *weights)
+
+
+def _native_cell(*args: Any) -> Tensor:
+    return _NATIVE_CELLS[args[-1]](*args[:-1])
+
+
+def _native_cell_why_not(*args: Any) -> str | None:
+    return native_why_not(*args[:-1])
+
+
 RNN = SequenceOp(
     "rnn",
     1,
     [
+        Implementation("cpu", _native_run, _native_run_why_not),
         Implementation("torch", _torch_run, always),
         Implementation("reference", reference.rnn, always),
     ],
@@ -41,6 +67,7 @@ RNN = SequenceOp(
 RNN_CELL = Op(
     "rnn_cell",
     [
+        Implementation("cpu", _native_cell, _native_cell_why_not),
         Implementation("torch", _torch_cell, always),
         Implementation("reference", reference.rnn_cell, always),
     ],

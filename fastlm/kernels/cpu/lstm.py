@@ -59,7 +59,7 @@ class Gradients(NamedTuple):
 def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None) -> _Packed:
     biases = [bias.detach() for bias in (b_ih, b_hh) if bias is not None]
     total = sum(biases[1:], biases[0]) if biases else torch.zeros(w_ih.shape[0])
-    shared = pack(w_ih.t(), gates=True), pack(w_hh.t(), gates=True), pack(total[None], gates=True)
+    shared = pack(w_ih.t(), gates=4), pack(w_hh.t(), gates=4), pack(total[None], gates=4)
     projection = None if w_hr is None else pack(w_hr.t())
     rows, inputs = w_ih.shape
     ih, hh, bias = (tensor.data_ptr() for tensor in shared)

@@ -1,0 +1,38 @@
+// GRU and plain RNN: a layer over packed sequences, forward. A single step is a sequence of one.
+//
+//   GRU:         r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh), n = tanh(W_in x + b_in + r (W_hn h + b_hn)),
+//                h' = n + z (h - n); gate order r, z, n, as in torch. Cho et al., 2014, https://arxiv.org/abs/1406.1078
+//   tanh, relu:  h' = f(W_ih x + b_ih + W_hh h + b_hh)
+//
+// Sizes, memory and packed sequences as in fastlm/lstm.h. Results of a row depend neither on the other rows nor on the
+// steps done at once nor on the thread count.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlm {
+
+enum class RecurrentCell { gru, tanh, relu };
+
+struct RecurrentForward {
+  RecurrentCell cell;
+  int64_t steps;               // T >= 1
+  const int64_t* batch_sizes;  // [T], none increasing, all >= 1
+  int64_t inputs, hidden;
+  const float* input;  // [N, I], time-major
+  const float* w_ih;   // [3H, I] packed, 3 gates; tanh, relu: [H, I] packed transposed (k = I, n = H)
+  const float* w_hh;   // [3H, H] or [H, H], packed alike
+  const float* bias;   // r's and z's b_ih + b_hh, b_in, b_hn: [4H] packed with k = 1, 4 gates; tanh, relu: b_ih + b_hh,
+                       // [H] packed with k = 1
+  const float* h0;     // [B, H]
+  bool reverse;        // from the last step to the first
+  float* output;       // [N, H] out
+  float* h_n;          // [B, H] out: each row's state after its last step
+  float* scratch;      // recurrent_forward_scratch(...) floats
+  int threads;
+};
+void recurrent_forward(const RecurrentForward& args);
+// For N rows in all, B of them in the first step.
+int64_t recurrent_forward_scratch(RecurrentCell cell, int64_t rows, int64_t batch, int64_t hidden);
+
+}  // namespace fastlm

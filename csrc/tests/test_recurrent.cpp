@@ -1,0 +1,141 @@
+// The GRU and the plain RNN against double-precision ones written for reading. Every buffer has exactly the size the
+// header promises, so that the sanitizer sees a step beyond it.
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "check.h"
+#include "fastlm/pack.h"
+#include "fastlm/recurrent.h"
+
+namespace {
+
+using Floats = std::vector<float>;
+using fastlm::RecurrentCell;
+
+struct Random {
+  uint64_t state = 88172645463325252u;
+  Floats operator()(int64_t n, double scale) {
+    Floats values(n);
+    for (float& v : values) {
+      state ^= state << 13;
+      state ^= state >> 7;
+      state ^= state << 17;
+      v = static_cast<float>(scale * (static_cast<double>(state >> 11) / 4503599627370496.0 - 1.0));
+    }
+    return values;
+  }
+};
+
+struct Layer {
+  RecurrentCell cell;
+  int64_t inputs, hidden;
+  std::vector<int64_t> sizes;
+  bool reverse;
+  Floats input, w_ih, w_hh, b_ih, b_hh, h0;
+  int64_t gates() const { return cell == RecurrentCell::gru ? 3 : 1; }
+  int64_t steps() const { return static_cast<int64_t>(sizes.size()); }
+};
+
+Layer make_layer(RecurrentCell cell, int64_t inputs, int64_t hidden, std::vector<int64_t> sizes, bool reverse) {
+  int64_t rows = 0;
+  for (int64_t size : sizes) rows += size;
+  Random random;
+  Layer l{cell, inputs, hidden, std::move(sizes), reverse, {}, {}, {}, {}, {}, {}};
+  const int64_t columns = l.gates() * hidden;
+  l.input = random(rows * inputs, 1);
+  l.w_ih = random(columns * inputs, 1.5 / std::sqrt(inputs));
+  l.w_hh = random(columns * hidden, 1.5 / std::sqrt(hidden));
+  l.b_ih = random(columns, 0.5);
+  l.b_hh = random(columns, 0.5);
+  l.h0 = random(l.sizes[0] * hidden, 1);
+  return l;
+}
+
+Floats packed(const Floats& source, int64_t k, int64_t n, int64_t gates) {
+  Floats out(fastlm::packed_size(k, n, gates), NAN);
+  fastlm::pack_panels({source.data(), k, n, 1, k, gates, out.data(), 1});
+  return out;
+}
+
+struct Result {
+  Floats output, h_n;
+};
+
+Result native(const Layer& l, int threads) {
+  const int64_t H = l.hidden, rows = static_cast<int64_t>(l.input.size()) / l.inputs;
+  const bool gru = l.cell == RecurrentCell::gru;
+  Floats bias;
+  for (int64_t j = 0; j < (gru ? 2 * H : H); ++j) bias.push_back(l.b_ih[j] + l.b_hh[j]);
+  if (gru) {
+    bias.insert(bias.end(), l.b_ih.begin() + 2 * H, l.b_ih.end());
+    bias.insert(bias.end(), l.b_hh.begin() + 2 * H, l.b_hh.end());
+  }
+  const int64_t gates = gru ? 3 : 0;
+  const Floats w_ih = packed(l.w_ih, l.inputs, l.gates() * H, gates), w_hh = packed(l.w_hh, H, l.gates() * H, gates),
+               b = packed(bias, 1, static_cast<int64_t>(bias.size()), gru ? 4 : 0);
+  Floats scratch(fastlm::recurrent_forward_scratch(l.cell, rows, l.sizes[0], H), NAN);
+  Result r{Floats(rows * H, NAN), Floats(l.h0.size(), NAN)};
+  fastlm::recurrent_forward({l.cell, l.steps(), l.sizes.data(), l.inputs, H, l.input.data(), w_ih.data(), w_hh.data(),
+                             b.data(), l.h0.data(), l.reverse, r.output.data(), r.h_n.data(), scratch.data(),
+                             threads});
+  return r;
+}
+
+// Output [N, H] and h_n [B, H], one sequence of the batch after the other.
+void reference(const Layer& l, std::vector<double>& output, std::vector<double>& h_n) {
+  const int64_t H = l.hidden, G = l.gates();
+  output.assign(l.input.size() / l.inputs * H, NAN);
+  h_n.clear();
+  for (int64_t b = 0; b < l.sizes[0]; ++b) {
+    std::vector<int64_t> rows;  // of this sequence, in time order
+    for (int64_t t = 0, begin = 0; t < l.steps(); begin += l.sizes[t++])
+      if (b < l.sizes[t]) rows.push_back(begin + b);
+    if (l.reverse) rows = std::vector<int64_t>(rows.rbegin(), rows.rend());
+    std::vector<double> h(l.h0.begin() + b * H, l.h0.begin() + (b + 1) * H);
+    for (int64_t row : rows) {
+      std::vector<double> x(G * H), y(G * H), next(H);
+      for (int64_t j = 0; j < G * H; ++j) {
+        x[j] = l.b_ih[j];
+        y[j] = l.b_hh[j];
+        for (int64_t k = 0; k < l.inputs; ++k) x[j] += double(l.w_ih[j * l.inputs + k]) * l.input[row * l.inputs + k];
+        for (int64_t k = 0; k < H; ++k) y[j] += double(l.w_hh[j * H + k]) * h[k];
+      }
+      const auto sigmoid = [](double v) { return 1 / (1 + std::exp(-v)); };
+      for (int64_t j = 0; j < H; ++j) {
+        if (l.cell == RecurrentCell::gru) {
+          const double r = sigmoid(x[j] + y[j]), z = sigmoid(x[H + j] + y[H + j]);
+          next[j] = (1 - z) * std::tanh(x[2 * H + j] + r * y[2 * H + j]) + z * h[j];
+        } else {
+          next[j] = l.cell == RecurrentCell::tanh ? std::tanh(x[j] + y[j]) : std::fmax(x[j] + y[j], 0.0);
+        }
+        output[row * H + j] = next[j];
+      }
+      h = next;
+    }
+    h_n.insert(h_n.end(), h.begin(), h.end());
+  }
+}
+
+bool close(const Floats& found, const std::vector<double>& expected) {
+  bool holds = found.size() == expected.size();
+  for (size_t i = 0; holds && i < found.size(); ++i)
+    holds = std::fabs(found[i] - expected[i]) <= 1e-5 * (1 + std::fabs(expected[i]));
+  return holds;
+}
+
+}  // namespace
+
+FASTLM_TEST(recurrent_forward_agrees_with_the_formulas) {
+  for (RecurrentCell cell : {RecurrentCell::gru, RecurrentCell::tanh, RecurrentCell::relu})
+    for (bool reverse : {false, true})
+      for (const Layer& l : {make_layer(cell, 1, 1, {1}, reverse), make_layer(cell, 5, 19, {4, 4, 2, 1}, reverse),
+                             make_layer(cell, 140, 65, {3}, reverse), make_layer(cell, 9, 16, {60, 60, 60}, reverse)}) {
+        std::vector<double> output, h_n;
+        reference(l, output, h_n);
+        const Result found = native(l, 2);
+        CHECK(close(found.output, output));
+        CHECK(close(found.h_n, h_n));
+        CHECK(native(l, 1).output == found.output);
+      }
+}
