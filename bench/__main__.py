@@ -31,6 +31,7 @@ from fastlm.cli.info import collect
 # Modules of bench/cases, in the order they run. Long ones are asked for with --long.
 _SUITES: dict[str, tuple[str, ...]] = {
     "first": ("lstm_step", "sampling", "decode"),
+    "lstm": ("lstm_step", "lstm"),
     "cpu": (
         "decode",
         "batch",

@@ -1,0 +1,90 @@
+"""LSTM layers over sequences, padded and ragged, forward and with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from bench.case import Case, require
+from fastlm import nn
+
+__all__ = ["cases"]
+
+# B, T, I, H, layers, whether lengths are spread evenly over 1..T, and the goals: forward, forward+backward.
+_SHAPES: tuple[tuple[int, int, int, int, int, bool, float, float], ...] = (
+    (1, 128, 512, 512, 1, False, 1.8, 2.0),
+    (8, 128, 512, 512, 1, False, 1.0, 1.2),
+    (20, 35, 650, 650, 2, False, 1.0, 1.2),
+    (32, 128, 256, 256, 1, False, 1.0, 1.2),
+    (64, 128, 1024, 1024, 1, False, 1.0, 1.2),
+    (16, 128, 512, 512, 1, True, 4.0, 4.0),
+    (32, 128, 512, 512, 1, True, 4.0, 4.0),
+)
+
+
+def _forward(module: torch.nn.Module, input: Tensor, lengths: Tensor | None) -> list[Tensor]:
+    """The output's rows, h_n, c_n."""
+    output, states = module(input if lengths is None else pack_padded_sequence(input, lengths))
+    return [output.data if isinstance(output, PackedSequence) else output, *states]
+
+
+def _infer(module: torch.nn.Module, input: Tensor, lengths: Tensor | None) -> list[Tensor]:
+    with torch.no_grad():
+        return _forward(module, input, lengths)
+
+
+def _train(module: torch.nn.Module, input: Tensor, lengths: Tensor | None) -> list[Tensor]:
+    """The results and the gradients of their sum, for weights that count as changed since the last time: as after an
+    optimizer's step, nothing made of them may be used again."""
+    for parameter in module.parameters():
+        increment_version(parameter)
+    leaf = input.detach().requires_grad_()
+    results = _forward(module, leaf, lengths)
+    total = torch.stack([result.sum() for result in results]).sum()
+    return [*results, *torch.autograd.grad(total, [leaf, *module.parameters()])]
+
+
+def _gate(work: Callable[..., list[Tensor]], ours: nn.LSTM, peer: torch.nn.LSTM, *arguments: Any) -> None:
+    input, lengths = arguments
+    exact = torch.nn.LSTM(peer.input_size, peer.hidden_size, peer.num_layers).double()
+    exact.load_state_dict(peer.state_dict())
+    found = zip(work(ours, *arguments), work(peer, *arguments), work(exact, input.double(), lengths), strict=True)
+    for position, (got, reference, want) in enumerate(found):
+        bound = 2 * (reference.double() - want).abs().max() + 1e-6 * want.abs().max()
+        require(bool((got.double() - want).abs().max() <= bound), f"LSTM: result {position} is wrong")
+
+
+def cases() -> Iterator[Case]:
+    """fastlm.nn.LSTM against torch.nn.LSTM on the same weights."""
+    for batch, steps, inputs, hidden, layers, ragged, *goals in _SHAPES:
+        torch.manual_seed(0)
+        peer = torch.nn.LSTM(inputs, hidden, layers)
+        ours = nn.LSTM(inputs, hidden, layers)
+        ours.load_state_dict(peer.state_dict())
+        lengths = torch.linspace(steps, 1, batch).round().long() if ragged else None
+        arguments = torch.randn(steps, batch, inputs), lengths
+        rows = batch * steps if lengths is None else int(lengths.sum())
+        flops = 8.0 * rows * hidden * (inputs + hidden + (layers - 1) * 2 * hidden)
+        weights = 16.0 * hidden * hidden * layers  # of h, read at every step
+        shape = f"B {batch}, T {steps}, I {inputs}, H {hidden}"
+        shape += f", {layers} layers" * (layers > 1) + ", lengths 1..T" * ragged
+        works = (("LSTM forward", _infer, 1, 1), ("LSTM forward+backward", _train, 2, 3))
+        for (name, work, passes, products), goal in zip(works, goals, strict=True):
+            yield Case(
+                name=name,
+                shape=shape,
+                peer_name="torch.nn.LSTM",
+                gate=partial(_gate, work, ours, peer, *arguments),
+                ours=partial(work, ours, *arguments),
+                peer=partial(work, peer, *arguments),
+                goal=goal,
+                moved=passes * steps * weights,
+                resident=weights,
+                flops=products * flops,
+            )
