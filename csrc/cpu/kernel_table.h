@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fastlm/activation.h"
+#include "fastlm/attention.h"
 #include "fastlm/attention_decode.h"
 #include "fastlm/elementwise.h"
 #include "fastlm/kv_append.h"
@@ -31,6 +32,8 @@
   X(void, offset, (const Offset& a), (a))                                           \
   X(void, linear, (const LinearArgs& a), (a))                                       \
   X(int64_t, dequantize_rows, (const DequantizeArgs& a), (a))                       \
+  X(void, attention, (const Attention& a), (a))                                     \
+  X(int64_t, attention_scratch, (const Attention& a), (a))                          \
   X(void, attention_decode, (const AttentionDecode& a), (a))                        \
   X(int64_t, attention_decode_check, (const AttentionDecode& a), (a))               \
   X(int64_t, attention_decode_scratch, (const AttentionDecode& a, int64_t longest), (a, longest)) \

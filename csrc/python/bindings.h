@@ -51,6 +51,7 @@ inline void refuse_recording(const char* kernel) {
 void* scratch(std::size_t bytes);
 
 void bind_activation(py::module_& m);
+void bind_attention(py::module_& m);
 void bind_attention_decode(py::module_& m);
 void bind_elementwise(py::module_& m);
 void bind_layer_norm(py::module_& m);

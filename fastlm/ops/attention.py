@@ -6,12 +6,53 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastlm.kernels import native
+from fastlm.kernels.cpu import attention as kernel
 from fastlm.ops.checks import describe, refuse
-from fastlm.ops.library import autograd_by_reference, tracing
+from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import attention as reference
 
 __all__ = ["attention"]
+
+
+def _cpu_run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    options = (causal, mask, scale, window, softcap, alibi_slopes)
+    return kernel.attention(query, key, value, *options)[0]
+
+
+def _cpu_why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+) -> str | None:
+    return refuse(
+        (dropout_p > 0, "the kernel has no dropout"),
+        (needs_grad(query, key, value, mask, alibi_slopes), "a gradient is wanted"),
+        (0 in query.shape or 0 in key.shape or 0 in value.shape, "an empty query, key or value"),
+        (
+            any(t is not None and not t.is_cpu for t in (mask, alibi_slopes)),
+            "the mask or the slopes are not on the CPU",
+        ),
+    ) or opaque_kernel_why_not(native.CPU, query, key, value)
 
 
 def _torch_run(
@@ -93,6 +134,7 @@ def _torch_why_not(
 ATTENTION = Op(
     "attention",
     [
+        Implementation("cpu", _cpu_run, _cpu_why_not),
         Implementation("torch", _torch_run, _torch_why_not),
         Implementation("reference", reference.attention, always),
     ],

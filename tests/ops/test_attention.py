@@ -266,7 +266,7 @@ def test_empty_inputs() -> None:
 
 
 def test_torch_says_what_it_lacks() -> None:
-    tensors = _inputs(1, 1, 1, 1, 1, 1, 1, torch.float32)
+    tensors = _inputs(1, 1, 1, 1, 1, 1, 1, torch.float64)
     assert ops.explain("attention", *tensors, softcap=1.0).chosen == "reference"
     with ops.backend("torch"), pytest.raises(NotImplementedError, match="no softcap"):
         ops.attention(*tensors, softcap=1.0)
