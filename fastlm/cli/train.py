@@ -119,6 +119,10 @@ def train(
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many evaluations without a new best.", rich_help_panel=_STEPS)
     ] = None,
+    recompute: Annotated[
+        bool | None,
+        typer.Option("--recompute", help="Less memory, a third more time (gpt, llama).", rich_help_panel=_STEPS),
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -191,6 +195,7 @@ def train(
         "clip_norm": clip,
         "patience": patience,
         "precision": precision,
+        "recompute": recompute,
         "seed": seed,
         "device": device,
         "eval_interval": eval_interval,

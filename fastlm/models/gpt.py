@@ -89,7 +89,7 @@ class GPT(CausalLM):
         x = self.embedding(input_ids) + self.positions(positions)
         x = functional.dropout(x, self.config.dropout, self.training)
         for index, layer in enumerate(self.layers):
-            x = layer(x, step, index)
+            x = self.run_layer(layer, x, step, index)
         if state is not None:
             state.advance(count, rows)
         return self.norm(x)

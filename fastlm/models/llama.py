@@ -138,7 +138,7 @@ class Llama(CausalLM):
             cos, sin = self.rotary.table(state.max_length, x.device)
             rotary = RotaryTables(cos, sin, self.config.rope_interleaved, step.starts)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotary, step, index)
+            x = self.run_layer(layer, x, rotary, step, index)
         if state is not None:
             state.advance(count, rows)
         return self.norm(x)

@@ -71,6 +71,9 @@ class TrainingConfig:
     block to block. None: for recurrent models only."""
     precision: Precision = "auto"
     """auto: bfloat16 autocast where the hardware has fast bfloat16, else float32 (see `precision.choose`)."""
+    recompute: bool = False
+    """Transformers: run each layer once more in the backward pass instead of keeping what it computed. A third more
+    time, the same losses, a fraction of the memory."""
     seed: int = 1
     device: str = "auto"
 

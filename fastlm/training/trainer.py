@@ -106,6 +106,7 @@ class Trainer:
         )
         width = None if recurrent else getattr(model.config, "hidden_size", None)
         self.precision = precision.choose(config.precision, self.device, width=width)
+        self.model.recompute = config.recompute
         self.optimizer = optimisation.build_optimizer(model, config)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.total_steps = config.total_steps(len(self._train_tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -150,6 +151,32 @@ def test_loss_is_the_cross_entropy_of_the_logits(model: CausalLM) -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     with pytest.raises(ValueError, match=r"loss: targets is \[2, 14\], expected \[2, 15\]"):
         model.loss(tokens, targets[:, 1:])
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama-biases-window"])
+def test_recomputing_changes_no_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS[name]
+    if isinstance(config, GPTConfig):
+        config = dataclasses.replace(config, dropout=0.3)
+    model, tokens, runs = build(config).train(), ids(2, 9), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    grads, counts = [], []
+    for recompute in (False, True):
+        model.recompute = recompute
+        runs.clear()
+        torch.manual_seed(3)
+        model.zero_grad()
+        model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        counts.append(len(runs))
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert counts == [3, 6]
+    for plain, again in zip(*grads, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-6, atol=1e-8)
+    model.eval()
+    runs.clear()
+    model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert len(runs) == 3
 
 
 def test_training_lowers_the_loss(model: CausalLM) -> None:
