@@ -1,24 +1,24 @@
-// The weight formats of GGUF in vector registers: conversion to float, and integer dot products of a block.
-//
-// The integer part works on "quarters". A byte vector of kLanes * 4 bytes is kLanes / 4 quarters of 16 bytes, and each
-// quarter belongs to another row of the weight; a dot product adds groups of 4 bytes, so that quarter g of the sums is
-// 4 partial sums of row g. Four such vectors cover a group of kLanes rows: quarter g of vector v is row 4 g + v.
+// The weight formats of GGUF in vector registers: conversion to float, and integer dot products of interleaved rows.
 #pragma once
+
+#include <type_traits>
 
 #include "fastlm/linear.h"
 #include "simd.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fastlm {
 namespace FASTLM_ISA {
 
-constexpr int kQuarters = kLanes / 4;
 constexpr int kVectors = kBlock / kLanes;  // float vectors in a block
 
 typedef int8_t vbyte __attribute__((vector_size(kLanes * 4)));
+typedef int16_t vshort __attribute__((vector_size(kLanes * 4)));
 typedef int8_t vbyte16 __attribute__((vector_size(16)));
 typedef uint16_t vhalf_lanes __attribute__((vector_size(kLanes * 2)));
 
@@ -31,22 +31,33 @@ FASTLM_INLINE V load_as(const void* p) {
 
 // --- Half precision ---------------------------------------------------------------------------------------------
 
-// The halves in the low 16 bits of each lane; the high bits are ignored.
+// The halves in the low 16 bits of each lane, whose high bits are zero.
 FASTLM_INLINE vf from_half(vi words) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)words));
-#elif defined(__F16C__)
-  const __m256i low = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                                       0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)words, low), 0x08);
-  return (vf)_mm256_cvtph_ps(_mm256_castsi256_si128(packed));
-#else
   // The bits in a float's place have an exponent too small by 112; scaling by 2^112 is exact, for denormals too.
   const vi magnitude = (words & 0x7fff) << 13;
   const vf finite = as_float(magnitude) * 0x1p112f;
   const vi sign = (words & 0x8000) << 16;
   const vi special = magnitude >= (0x7c00 << 13);
   return as_float(((special & (magnitude | 0x7f800000)) | (~special & as_int(finite))) | sign);
+}
+
+FASTLM_INLINE vf load_halves(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+  return from_half(__builtin_convertvector(load_as<vhalf_lanes>(p), vi));
+#endif
+}
+
+FASTLM_INLINE vf load_bfloats(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(p)), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(p)), 16);
+#else
+  return as_float(__builtin_convertvector(load_as<vhalf_lanes>(p), vi) << 16);
 #endif
 }
 
@@ -85,8 +96,8 @@ FASTLM_INLINE void decode(const uint8_t* block, vf (&w)[kVectors]) {
     for (int i = 0; i < kVectors; ++i) w[i] = load_as<vf>(block + i * sizeof(vf));
   } else if constexpr (kind == WeightKind::kF16 || kind == WeightKind::kBF16) {
     for (int i = 0; i < kVectors; ++i) {
-      const vi words = __builtin_convertvector(load_as<vhalf_lanes>(block + i * sizeof(vhalf_lanes)), vi);
-      w[i] = kind == WeightKind::kF16 ? from_half(words) : as_float(words << 16);
+      const uint8_t* p = block + i * sizeof(vhalf_lanes);
+      w[i] = kind == WeightKind::kF16 ? load_halves(p) : load_bfloats(p);
     }
   } else if constexpr (kind == WeightKind::kQ8_0) {
     const vf scale = broadcast_half(block);
@@ -108,117 +119,81 @@ FASTLM_INLINE void decode(const uint8_t* block, vf (&w)[kVectors]) {
   }
 }
 
-// --- Quarters ---------------------------------------------------------------------------------------------------
+// --- Integer dot products ---------------------------------------------------------------------------------------
 
-// 16 bytes at `offset` from each of the rows v, 4 + v, 8 + v, ...
-FASTLM_INLINE vbyte load_quarters(const uint8_t* const* rows, int v, int64_t offset) {
-#if defined(__AVX512F__)
-  __m512i q = _mm512_castsi128_si512(load_as<__m128i>(rows[v] + offset));
-  q = _mm512_inserti32x4(q, load_as<__m128i>(rows[4 + v] + offset), 1);
-  q = _mm512_inserti32x4(q, load_as<__m128i>(rows[8 + v] + offset), 2);
-  return (vbyte)_mm512_inserti32x4(q, load_as<__m128i>(rows[12 + v] + offset), 3);
-#elif defined(__AVX2__)
-  const __m256i q = _mm256_castsi128_si256(load_as<__m128i>(rows[v] + offset));
-  return (vbyte)_mm256_inserti128_si256(q, load_as<__m128i>(rows[4 + v] + offset), 1);
+// In an interleaved weight (linear.h) lane i of a byte vector has 4 codes of row i. They are unsigned but for those of
+// Q8_0, which become so where vpdpbusd, which takes one side unsigned, is used. What that adds to them:
+#if defined(__AVX512VNNI__)
+constexpr int kAddedToBytes = 128;
 #else
-  return load_as<vbyte>(rows[v] + offset);
+constexpr int kAddedToBytes = 0;
 #endif
+constexpr int added_to_codes(WeightKind kind) {
+  return kind == WeightKind::kQ8_0 ? kAddedToBytes : kind == WeightKind::kQ4_0 ? 8 : 0;
 }
 
-// The same 16 bytes in each quarter.
-FASTLM_INLINE vbyte broadcast_quarter(const int8_t* p) {
-#if defined(__AVX512F__)
-  return (vbyte)_mm512_broadcast_i32x4(load_as<__m128i>(p));
-#elif defined(__AVX2__)
-  return (vbyte)_mm256_broadcastsi128_si256(load_as<__m128i>(p));
-#else
-  return load_as<vbyte>(p);
-#endif
-}
+// 4 codes of an input, for every lane.
+FASTLM_INLINE vbyte broadcast_codes(const int8_t* p) { return (vbyte)(vi{} + load_as<int32_t>(p)); }
 
-// From a value for each row of the group: that of row 4 g + v in all of quarter g.
-template <int v>
-FASTLM_INLINE vf spread(vf rows) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_permute_ps((__m512)rows, v * 0x55);
-#elif defined(__AVX2__)
-  return (vf)_mm256_permute_ps((__m256)rows, v * 0x55);
-#else
-  return broadcast(rows[v]);
-#endif
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+FASTLM_INLINE vshort multiply_pairs(vbyte unsigned_side, vbyte signed_side) {
+  return (vshort)_mm256_maddubs_epi16((__m256i)unsigned_side, (__m256i)signed_side);
 }
-
-// From the partial sums of all four vectors: a sum for each row of the group.
-FASTLM_INLINE vf add_quarters(const vf (&a)[4]) {
-#if defined(__AVX512F__)
-  const __m512 ab = _mm512_unpacklo_ps((__m512)a[0], (__m512)a[1]) + _mm512_unpackhi_ps((__m512)a[0], (__m512)a[1]);
-  const __m512 cd = _mm512_unpacklo_ps((__m512)a[2], (__m512)a[3]) + _mm512_unpackhi_ps((__m512)a[2], (__m512)a[3]);
-  return (vf)_mm512_shuffle_ps(ab, cd, 0x44) + (vf)_mm512_shuffle_ps(ab, cd, 0xee);
-#elif defined(__AVX2__)
-  return (vf)_mm256_hadd_ps(_mm256_hadd_ps((__m256)a[0], (__m256)a[1]), _mm256_hadd_ps((__m256)a[2], (__m256)a[3]));
-#else
-  vf sums;
-  for (int v = 0; v < 4; ++v) sums[v] = (a[v][0] + a[v][1]) + (a[v][2] + a[v][3]);
-  return sums;
-#endif
+FASTLM_INLINE vi add_pairs(vshort x) { return (vi)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1)); }
+FASTLM_INLINE vbyte magnitudes(vbyte x) { return (vbyte)_mm256_abs_epi8((__m256i)x); }
+FASTLM_INLINE vbyte with_sign_of(vbyte x, vbyte signs) { return (vbyte)_mm256_sign_epi8((__m256i)x, (__m256i)signs); }
+#elif defined(__SSSE3__) && !defined(__AVX512VNNI__)
+FASTLM_INLINE vshort multiply_pairs(vbyte unsigned_side, vbyte signed_side) {
+  return (vshort)_mm_maddubs_epi16((__m128i)unsigned_side, (__m128i)signed_side);
 }
+FASTLM_INLINE vi add_pairs(vshort x) { return (vi)_mm_madd_epi16((__m128i)x, _mm_set1_epi16(1)); }
+FASTLM_INLINE vbyte magnitudes(vbyte x) { return (vbyte)_mm_abs_epi8((__m128i)x); }
+FASTLM_INLINE vbyte with_sign_of(vbyte x, vbyte signs) { return (vbyte)_mm_sign_epi8((__m128i)x, (__m128i)signs); }
+#endif
 
-// The integers of a block's quarters: q for Q8_0 and, unsigned, for Q4_1; q + 8 for Q4_0.
+// The sum, in each lane, of products of up to 32 codes of a weight with inputs of magnitude <= 127. Exact.
 template <WeightKind kind>
-FASTLM_INLINE void load_codes(const uint8_t* const* rows, int v, int64_t offset, vbyte& low, vbyte& high) {
-  if constexpr (kind == WeightKind::kQ8_0) {
-    low = load_quarters(rows, v, offset + 2);
-    high = load_quarters(rows, v, offset + 18);
-  } else {
-    const vbyte packed = load_quarters(rows, v, offset + (kind == WeightKind::kQ4_1 ? 4 : 2));
-    low = packed & 15;
-    high = (vbyte)((vi)packed >> 4) & 15;
+struct LaneSum {
+#if defined(__AVX512VNNI__)
+  vi sum{};
+  FASTLM_MEMBER void add(vbyte weights, vbyte inputs) {
+    sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)inputs);
   }
-}
-
-// sum of code * input over the block: 4 partial sums in each quarter. No step can saturate or overflow.
-template <WeightKind kind>
-FASTLM_INLINE vi dot(vbyte low, vbyte high, const InputBlock& x) {
-  const vbyte x_low = broadcast_quarter(x.codes), x_high = broadcast_quarter(x.codes + 16);
-#if defined(__AVX512F__)
-  // vpdpbusd takes one side unsigned and adds in 32 bits. For Q8_0 that side is q + 128, and 128 times the inputs is
-  // taken off again, lane by lane: taken off a whole quarter at once, it would cancel only after rounding to float.
-  __m512i sum = _mm512_setzero_si512();
-  if constexpr (kind == WeightKind::kQ8_0) {
-    sum = _mm512_broadcast_i32x4(load_as<__m128i>(x.offsets));
-    low = (vbyte)((vi)low ^ static_cast<int>(0x80808080u));
-    high = (vbyte)((vi)high ^ static_cast<int>(0x80808080u));
+  FASTLM_MEMBER vi total() const { return sum; }
+#elif defined(__SSSE3__)
+  // Pairs of products are added in 16 bits. 4-bit codes: at most 2 * 15 * 127 a pair, and a lane's 8 of them fit. For
+  // Q8_0, |q| * (x with the sign of q) is within 2 * 128 * 127 < 2^15, and only one fits.
+  static constexpr bool kShort = kind != WeightKind::kQ8_0;
+  typename std::conditional<kShort, vshort, vi>::type sum{};
+  FASTLM_MEMBER void add(vbyte weights, vbyte inputs) {
+    if constexpr (kShort)
+      sum += multiply_pairs(weights, inputs);
+    else
+      sum += add_pairs(multiply_pairs(magnitudes(weights), with_sign_of(inputs, weights)));
   }
-  sum = _mm512_dpbusd_epi32(sum, (__m512i)low, (__m512i)x_low);
-  return (vi)_mm512_dpbusd_epi32(sum, (__m512i)high, (__m512i)x_high);
-#elif defined(__AVX2__)
-  // vpmaddubsw adds pairs of unsigned * signed in 16 bits. Q4: pairs are within 2 * 15 * 127, two of them fit. Q8_0:
-  // |q| * (x with the sign of q) is within 2 * 128 * 127 < 2^15, and only one fits.
-  const __m256i ones = _mm256_set1_epi16(1);
-  if constexpr (kind == WeightKind::kQ8_0) {
-    const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)low),
-                                           _mm256_sign_epi8((__m256i)x_low, (__m256i)low));
-    const __m256i b = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)high),
-                                           _mm256_sign_epi8((__m256i)x_high, (__m256i)high));
-    return (vi)_mm256_madd_epi16(a, ones) + (vi)_mm256_madd_epi16(b, ones);
-  } else {
-    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)low, (__m256i)x_low),
-                                           _mm256_maddubs_epi16((__m256i)high, (__m256i)x_high));
-    return (vi)_mm256_madd_epi16(pairs, ones);
+  FASTLM_MEMBER vi total() const {
+    if constexpr (kShort)
+      return add_pairs(sum);
+    else
+      return sum;
   }
+#elif defined(__aarch64__)
+  vi sum{};
+  FASTLM_MEMBER void add(vbyte weights, vbyte inputs) {
+    const int8x16_t w = (int8x16_t)weights, x = (int8x16_t)inputs;
+    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
+    sum += (vi)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+  }
+  FASTLM_MEMBER vi total() const { return sum; }
 #else
-  // |q x| <= 128 * 127, and two of them fit 16 bits.
-  typedef int16_t words __attribute__((vector_size(32)));
-  const words sums = __builtin_convertvector(low, words) * __builtin_convertvector(x_low, words) +
-                     __builtin_convertvector(high, words) * __builtin_convertvector(x_high, words);
-  vi total{};
-  for (int i = 0; i < 4; ++i) {
-    typedef int16_t part __attribute__((vector_size(8)));
-    total += __builtin_convertvector(load_as<part>(reinterpret_cast<const char*>(&sums) + 8 * i), vi);
+  vi sum{};
+  FASTLM_MEMBER void add(vbyte weights, vbyte inputs) {
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int i = 4 * lane; i < 4 * lane + 4; ++i) sum[lane] += weights[i] * inputs[i];
   }
-  return total;
+  FASTLM_MEMBER vi total() const { return sum; }
 #endif
-}
+};
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

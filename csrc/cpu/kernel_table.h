@@ -31,6 +31,7 @@
   X(void, layer_norm, (const LayerNorm& a), (a))                                    \
   X(void, offset, (const Offset& a), (a))                                           \
   X(void, linear, (const LinearArgs& a), (a))                                       \
+  X(void, interleave, (const Interleave& a), (a))                                   \
   X(int64_t, dequantize_rows, (const DequantizeArgs& a), (a))                       \
   X(void, attention, (const Attention& a), (a))                                     \
   X(int64_t, attention_scratch, (const Attention& a), (a))                          \

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #define FASTLM_INLINE static inline __attribute__((always_inline))
+#define FASTLM_MEMBER inline __attribute__((always_inline))
 
 namespace fastlm {
 namespace FASTLM_ISA {

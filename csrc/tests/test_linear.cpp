@@ -5,13 +5,17 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "check.h"
+#include "fastlm/isa.h"
 #include "fastlm/linear.h"
 
 using fastlm::InputBlock;
 using fastlm::kBlock;
+using fastlm::Rounding;
 using fastlm::WeightKind;
 
 namespace {
@@ -117,32 +121,53 @@ Case make_case(WeightKind kind, int64_t rows, int64_t outputs, int64_t columns) 
   return c;
 }
 
-std::vector<float> run(const Case& c, bool integer, int threads = 2) {
+constexpr Rounding kRoundings[] = {Rounding::kNone, Rounding::kBits8, Rounding::kBits15};
+bool possible(WeightKind kind, Rounding rounding) { return rounding == Rounding::kNone || fastlm::is_quantized(kind); }
+
+// Interleaved for the active level, in memory that is aligned, and no longer than promised.
+struct Packed {
+  explicit Packed(const Case& c) {
+    const auto bytes = static_cast<size_t>(
+        fastlm::interleaved_bytes(c.kind, c.outputs, c.columns, fastlm::simd_lanes()));
+    data = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{64}));
+    fastlm::interleave({c.weight(), data, c.outputs, c.columns, c.kind, 2});
+  }
+  Packed(const Packed&) = delete;
+  ~Packed() { ::operator delete(data, std::align_val_t{64}); }
+  uint8_t* data;
+};
+
+std::vector<float> run(const Case& c, Rounding rounding, int threads = 2) {
   std::vector<float> output(static_cast<size_t>(c.rows * c.outputs), NAN);
+  const bool integer = rounding != Rounding::kNone;
   std::vector<InputBlock> scratch(integer ? static_cast<size_t>(c.rows * c.columns / kBlock) : 0);
-  fastlm::linear({c.input.data(), c.weight(), c.bias.data(), output.data(), integer ? scratch.data() : nullptr, c.rows,
-                  c.outputs, c.columns, c.kind, threads});
+  std::unique_ptr<Packed> packed(integer ? new Packed(c) : nullptr);
+  const void* weight = integer ? packed->data : c.weight();
+  fastlm::linear({c.input.data(), scratch.data(), {{weight, c.bias.data(), output.data(), c.outputs, c.kind}}, 1,
+                  c.rows, c.columns, rounding, threads});
   return output;
 }
 
-// The input as the integer scheme sees it.
-std::vector<double> rounded(const Case& c, bool integer) {
+// The inputs as the integer kernels round them.
+std::vector<double> rounded(const Case& c, Rounding rounding) {
   std::vector<double> x(c.input.begin(), c.input.end());
-  if (!integer) return x;
-  for (size_t b = 0; b < x.size(); b += kBlock) {
+  if (rounding == Rounding::kNone) return x;
+  const size_t size = rounding == Rounding::kBits8 ? 16 : 32;
+  const float steps = rounding == Rounding::kBits8 ? 127.0f : 127.0f * 128.0f;
+  for (size_t b = 0; b < x.size(); b += size) {
     float largest = 0;
-    for (size_t i = b; i < b + kBlock; ++i) largest = std::fmax(largest, std::fabs(c.input[i]));
-    const float inverse = 127.0f / largest;
-    for (size_t i = b; i < b + kBlock; ++i) {
+    for (size_t i = b; i < b + size; ++i) largest = std::fmax(largest, std::fabs(c.input[i]));
+    const float inverse = steps / largest;
+    for (size_t i = b; i < b + size; ++i) {
       const float scaled = c.input[i] * inverse;  // in a variable: not to be fused with the rounding
-      x[i] = std::nearbyint(scaled) * static_cast<double>(largest / 127.0f);
+      x[i] = std::nearbyint(scaled) * static_cast<double>(largest * (1 / steps));
     }
   }
   return x;
 }
 
-bool near(const Case& c, const std::vector<float>& output, bool integer, bool expected = true) {
-  const std::vector<double> x = rounded(c, integer);
+bool near(const Case& c, const std::vector<float>& output, Rounding rounding, bool expected = true) {
+  const std::vector<double> x = rounded(c, rounding);
   for (int64_t m = 0; m < c.rows; ++m)
     for (int64_t n = 0; n < c.outputs; ++n) {
       double sum = c.bias[n], size = std::abs(sum);
@@ -170,8 +195,8 @@ FASTLM_TEST(linear_is_as_near_as_float_allows) {
       for (int64_t outputs : {1, 5, 16, 33})
         for (int64_t columns : {32, 96, 224}) {
           const Case c = make_case(kind, rows, outputs, columns);
-          CHECK(near(c, run(c, false), false));
-          if (fastlm::is_quantized(kind)) CHECK(near(c, run(c, true), true));
+          for (Rounding rounding : kRoundings)
+            if (possible(kind, rounding)) CHECK(near(c, run(c, rounding), rounding));
         }
 }
 
@@ -179,36 +204,36 @@ FASTLM_TEST(linear_of_plain_floats_takes_any_number_of_columns) {
   for (WeightKind kind : {WeightKind::kF32, WeightKind::kF16, WeightKind::kBF16})
     for (int64_t columns : {0, 1, 15, 31, 33, 63}) {
       const Case c = make_case(kind, 5, 6, columns);
-      CHECK(near(c, run(c, false), false));
+      CHECK(near(c, run(c, Rounding::kNone), Rounding::kNone));
     }
 }
 
 FASTLM_TEST(linear_comparison_sees_planted_faults) {
   for (WeightKind kind : {WeightKind::kQ8_0, WeightKind::kQ4_0, WeightKind::kQ4_1})
-    for (bool integer : {false, true}) {
+    for (Rounding rounding : kRoundings) {
       const Case c = make_case(kind, 2, 5, 96);
       Case fault = c;
       fault.weight()[c.row_bytes() - 1] ^= 0x10;  // one code
-      CHECK(!near(c, run(fault, integer), integer, false));
+      CHECK(!near(c, run(fault, rounding), rounding, false));
       fault = c;
       fault.weight()[0] ^= 0x80;  // a scale
-      CHECK(!near(c, run(fault, integer), integer, false));
-      CHECK(!near(c, std::vector<float>(10, 0.0f), integer, false));
+      CHECK(!near(c, run(fault, rounding), rounding, false));
+      CHECK(!near(c, std::vector<float>(10, 0.0f), rounding, false));
     }
 }
 
 FASTLM_TEST(linear_row_depends_on_nothing_else) {
   for (WeightKind kind : kKinds)
-    for (bool integer : {false, true}) {
-      if (integer && !fastlm::is_quantized(kind)) continue;
+    for (Rounding rounding : kRoundings) {
+      if (!possible(kind, rounding)) continue;
       const Case all = make_case(kind, 11, 300, 256);
-      const std::vector<float> one_thread = run(all, integer, 1);
-      for (int threads : {2, 3}) CHECK(run(all, integer, threads) == one_thread);
+      const std::vector<float> one_thread = run(all, rounding, 1);
+      for (int threads : {2, 3}) CHECK(run(all, rounding, threads) == one_thread);
       for (int64_t m = 0; m < all.rows; ++m) {
         Case alone = all;
         alone.rows = 1;
         alone.input.assign(all.input.begin() + m * all.columns, all.input.begin() + (m + 1) * all.columns);
-        const std::vector<float> y = run(alone, integer);
+        const std::vector<float> y = run(alone, rounding);
         CHECK(std::memcmp(y.data(), one_thread.data() + m * all.outputs, y.size() * sizeof(float)) == 0);
       }
     }
@@ -223,7 +248,7 @@ FASTLM_TEST(linear_sums_at_the_ends_of_int8_do_not_saturate) {
         for (int64_t at = 0; at < c.outputs * c.row_bytes(); at += step)
           std::memset(c.weight() + at + header, code, static_cast<size_t>(step - header));
         for (float& x : c.input) x = value;
-        CHECK(near(c, run(c, true), true));
+        for (Rounding rounding : {Rounding::kBits8, Rounding::kBits15}) CHECK(near(c, run(c, rounding), rounding));
       }
 }
 
@@ -232,8 +257,34 @@ FASTLM_TEST(linear_keeps_a_nan_in_its_row) {
     for (float value : {NAN, INFINITY}) {
       Case c = make_case(kind, 3, 17, 64);
       c.input[64 + 40] = value;
-      const std::vector<float> y = run(c, fastlm::is_quantized(kind));
-      for (int64_t i = 0; i < 3 * 17; ++i) CHECK(std::isfinite(y[i]) == (i / 17 != 1));
+      for (Rounding rounding : kRoundings) {
+        if (!possible(kind, rounding)) continue;
+        const std::vector<float> y = run(c, rounding);
+        for (int64_t i = 0; i < 3 * 17; ++i) CHECK(std::isfinite(y[i]) == (i / 17 != 1));
+      }
+    }
+}
+
+FASTLM_TEST(linear_of_several_weights_is_that_of_each) {
+  for (Rounding rounding : kRoundings)
+    for (int threads : {1, 2, 3}) {
+      std::vector<Case> cases;
+      for (WeightKind kind : {WeightKind::kQ4_1, WeightKind::kF16, WeightKind::kQ8_0, WeightKind::kQ4_0})
+        cases.push_back(make_case(kind, 3, 5 + 90 * static_cast<int64_t>(cases.size()), 256));
+      std::vector<InputBlock> scratch(3 * 256 / kBlock);
+      std::vector<std::unique_ptr<Packed>> packed;
+      std::vector<std::vector<float>> outputs;
+      fastlm::LinearArgs args{cases[0].input.data(), scratch.data(), {}, 0, 3, 256, rounding, threads};
+      for (const Case& c : cases) {
+        const bool integer = rounding != Rounding::kNone && fastlm::is_quantized(c.kind);
+        packed.emplace_back(integer ? new Packed(c) : nullptr);
+        outputs.emplace_back(static_cast<size_t>(3 * c.outputs), NAN);
+        const void* weight = integer ? packed.back()->data : c.weight();
+        args.weights[args.count++] = {weight, c.bias.data(), outputs.back().data(), c.outputs, c.kind};
+      }
+      fastlm::linear(args);
+      for (size_t i = 0; i < cases.size(); ++i)
+        CHECK(outputs[i] == run(cases[i], possible(cases[i].kind, rounding) ? rounding : Rounding::kNone));
     }
 }
 

@@ -25,8 +25,8 @@ struct Network {
     for (int64_t i = 0; i < kSize; ++i) x[i] = 0.1f * static_cast<float>(i % 13 - 6);
   }
   fastlm::LinearArgs linear(int threads) {
-    return {x.data(), weight.data(), nullptr, product.data(), nullptr, 1, kSize, kSize, fastlm::WeightKind::kF32,
-            threads};
+    return {x.data(), nullptr, {{weight.data(), nullptr, product.data(), kSize, fastlm::WeightKind::kF32}}, 1, 1, kSize,
+            fastlm::Rounding::kNone, threads};
   }
   fastlm::RmsNorm norm_of(int threads) { return {product.data(), nullptr, norm.data(), 1, kSize, 1e-5f, threads}; }
   fastlm::Add add(int threads) { return {x.data(), norm.data(), x.data(), kSize, threads}; }

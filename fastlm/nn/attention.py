@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastlm import ops
-from fastlm.nn.linear import Linear
+from fastlm.nn.linear import Linear, project
 from fastlm.nn.state import KVStep
 
 __all__ = ["Attention", "RotaryTables"]
@@ -86,7 +86,7 @@ class Attention(nn.Module):
             kv_size = self.num_kv_heads * self.head_dim
             q, k, v = self.qkv(x).split((self.num_heads * self.head_dim, kv_size, kv_size), dim=-1)
         else:
-            q, k, v = self.query(x), self.key(x), self.value(x)
+            q, k, v = project(x, self.query, self.key, self.value)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         if rotary is not None:
             cos, sin, interleaved, starts = rotary

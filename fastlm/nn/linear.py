@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.ops.quantized import QuantizedTensor
 
-__all__ = ["Linear", "QuantizedLinear"]
+__all__ = ["Linear", "QuantizedLinear", "project"]
 
 
 class Linear(nn.Linear):
@@ -52,6 +52,18 @@ class QuantizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"kind={self.weight.kind}, compute={self.compute}"
         )
+
+
+def project(input: Tensor, *layers: Linear | QuantizedLinear) -> list[Tensor]:
+    """What each layer gives for one input; by `ops.linear_group` where nothing has replaced or hooks into a layer."""
+    computes = {layer.compute for layer in layers if isinstance(layer, QuantizedLinear)} or {"fast"}
+    plain = all(
+        type(layer) in (Linear, QuantizedLinear) and not (layer._forward_hooks or layer._forward_pre_hooks)
+        for layer in layers
+    )
+    if not plain or len(computes) > 1:
+        return [layer(input) for layer in layers]
+    return ops.linear_group(input, [x.weight for x in layers], [x.bias for x in layers], compute=computes.pop())
 
 
 def apply_to_weight(fn: Callable[[Tensor], Tensor], weight: QuantizedTensor) -> QuantizedTensor:

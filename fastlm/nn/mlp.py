@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastlm import ops
-from fastlm.nn.linear import Linear
+from fastlm.nn.linear import Linear, project
 
 __all__ = ["MLP", "SwiGLU"]
 
@@ -38,4 +38,5 @@ class SwiGLU(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.swiglu(self.gate(x), self.up(x)))
+        gate, up = project(x, self.gate, self.up)
+        return self.down(ops.swiglu(gate, up))

@@ -7,7 +7,7 @@ from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.gru import gru, gru_cell
 from fastlm.ops.kv_cache import kv_append, offset
 from fastlm.ops.layer_norm import layer_norm
-from fastlm.ops.linear import linear
+from fastlm.ops.linear import linear, linear_group
 from fastlm.ops.lstm import lstm, lstm_cell
 from fastlm.ops.quantized import QuantizedTensor
 from fastlm.ops.registry import Explanation, backend, explain
@@ -30,6 +30,7 @@ __all__ = [
     "kv_append",
     "layer_norm",
     "linear",
+    "linear_group",
     "lstm",
     "lstm_cell",
     "offset",

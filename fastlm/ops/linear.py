@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,18 +13,18 @@ from fastlm.kernels.cpu import linear as kernel
 from fastlm.ops.checks import describe, expect_shape
 from fastlm.ops.library import autograd_by_reference, needs_grad, tracing
 from fastlm.ops.quantized import QuantizedTensor
-from fastlm.ops.registry import Implementation, Op, always, forced_backend
+from fastlm.ops.registry import Implementation, Op, always, choosing, forced_backend
 from fastlm.reference import linear as reference
 from fastlm.reference.quantized import KINDS
 
-__all__ = ["linear"]
+__all__ = ["linear", "linear_group"]
 
 COMPUTE = ("fast", "exact")
 
-FEW_ROWS, FEW_ROWS_INTEGER = 12, 128
-"""Up to so many rows of input the native kernel is used, with float32 and with integer products: each weight is read
-once and the memory bus is the limit. Beyond, a float32 matrix product does more arithmetic per weight and wins, its
-expansion of the weight included (and it is exact, `compute="fast"` or not)."""
+FEW_ROWS = 12
+"""Up to so many rows of input the native kernel multiplies floats: each weight is read once and the memory bus is the
+limit. Beyond, torch's matrix product does more arithmetic per weight and wins, the weight's expansion included.
+Integer products are quicker than either for any number of rows."""
 
 EXPANDED = 1 << 20
 """Weights expanded to float32 at a time for a matrix product: 4 MB, which stays in the cache."""
@@ -37,10 +39,23 @@ def _integer(weight: Tensor | QuantizedTensor, compute: str) -> bool:
 
 
 def _cpu_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
-    if isinstance(weight, QuantizedTensor):
-        integer = _integer(weight, compute)
-        return kernel.linear(input, weight.data, weight.code, weight.shape[0], bias, integer=integer)
-    return kernel.linear(input, weight, _CODES[weight.dtype], weight.shape[0], bias, integer=False)
+    return _cpu_group(input, [weight], [bias], compute)[0]
+
+
+def _cpu_group(
+    input: Tensor, weights: Sequence[Tensor | QuantizedTensor], biases: Sequence[Tensor | None], compute: str
+) -> list[Tensor]:
+    rounding = 0
+    calls = []
+    for weight, bias in zip(weights, biases, strict=True):
+        if not isinstance(weight, QuantizedTensor):
+            calls.append((weight, _CODES[weight.dtype], weight.shape[0], bias))
+        elif _integer(weight, compute):
+            rounding = 1 if reference.rounding_bits(input.shape) == 8 else 2
+            calls.append((weight.interleaved(), weight.code, weight.shape[0], bias))
+        else:
+            calls.append((weight.data, weight.code, weight.shape[0], bias))
+    return kernel.linear(input, calls, rounding=rounding)
 
 
 def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> str | None:
@@ -55,13 +70,12 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
         return f"weight is {dense.dtype}{'' if dense.is_contiguous() else ', not contiguous'}"
     if needs_grad(input, bias, dense):
         return "a gradient is wanted"
-    # [B, 1, K] is a step of decoding, where the size of the batch must not change a row's result.
-    if input.dim() == 3 and input.shape[1] == 1:
+    # [B, T, K] with a small T is a step of decoding, where the size of the batch must not change a row's result.
+    if _integer(weight, compute) or (input.dim() == 3 and input.shape[1] <= reference.FEW_TOKENS):
         return None
     rows = input.numel() // max(input.shape[-1], 1)
-    few = FEW_ROWS_INTEGER if _integer(weight, compute) else FEW_ROWS
-    if rows > few and forced_backend() != "cpu":
-        return f"{rows} rows: a matrix product is quicker beyond {few}"
+    if rows > FEW_ROWS and forced_backend() != "cpu":
+        return f"{rows} rows: a matrix product is quicker beyond {FEW_ROWS}"
     return None
 
 
@@ -175,8 +189,8 @@ def linear(
         weight: [N, K], dense or quantised. Its dtype may differ from the input's.
         bias: [N] or None.
         compute: for the Q kinds. "exact" multiplies the input with the dequantised weights and sums in float32.
-            "fast" may round the input to int8 by blocks of 32, where integer products pay: with up to
-            `FEW_ROWS_INTEGER` rows on the CPU (`fastlm.reference.linear.quantize_activations`).
+            "fast" may round the input for integer products: to 15 bits by blocks of 32 for up to 16 tokens of a
+            sequence (next to nothing is lost), to 8 bits by blocks of 16 for more (`fastlm.reference.linear`).
 
     Returns:
         [..., N] in the input's dtype.
@@ -184,6 +198,34 @@ def linear(
     Raises:
         ValueError: a shape does not fit, the input is not floating, or `compute` is unknown.
     """
+    _check(input, weight, bias, compute)
+    if tracing():
+        if isinstance(weight, QuantizedTensor):
+            return _quantized_linear(input, weight.data, weight.kind, weight.shape[1], bias, compute)
+        return _linear(input, weight, bias)
+    return LINEAR(input, weight, bias, compute)
+
+
+def linear_group(
+    input: Tensor,
+    weights: Sequence[Tensor | QuantizedTensor],
+    biases: Sequence[Tensor | None],
+    *,
+    compute: str = "fast",
+) -> list[Tensor]:
+    """What `linear` gives for each weight and bias, to the bit; on a CPU in one pass over up to 4 weights.
+
+    The input is rounded once, and threads meet once.
+    """
+    for weight, bias in zip(weights, biases, strict=True):
+        _check(input, weight, bias, compute)
+    together = len(weights) <= 4 and not tracing() and choosing()
+    if together and all(_cpu_why_not(input, w, b, compute) is None for w, b in zip(weights, biases, strict=True)):
+        return _cpu_group(input, weights, biases, compute)
+    return [linear(input, w, b, compute=compute) for w, b in zip(weights, biases, strict=True)]
+
+
+def _check(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> None:
     shape = weight.shape
     if len(shape) != 2:
         raise ValueError(f"linear: weight is {list(shape)}, expected [outputs, inputs]")
@@ -195,8 +237,3 @@ def linear(
         expect_shape("linear", "bias", bias, (shape[0],))
     if compute not in COMPUTE:
         raise ValueError(f"linear: compute is {compute!r}, expected 'fast' or 'exact'")
-    if tracing():
-        if isinstance(weight, QuantizedTensor):
-            return _quantized_linear(input, weight.data, weight.kind, weight.shape[1], bias, compute)
-        return _linear(input, weight, bias)
-    return LINEAR(input, weight, bias, compute)

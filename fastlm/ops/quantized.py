@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastlm.kernels import native
 from fastlm.kernels.cpu import linear as kernel
@@ -20,13 +22,18 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizedTensor"]
 
+_INTERLEAVING = threading.Lock()
+_INTERLEAVED = WeakTensorKeyDictionary()
+"""Of each weight's bytes the interleaved copies by number of lanes, whichever QuantizedTensor has wrapped them."""
+
 
 class QuantizedTensor:
     """A frozen weight [N, K] in one of the formats of GGUF files.
 
     Args:
-        data: uint8 [N, row_bytes], contiguous. May be a read-only memory map: it is read in place and never written,
-            copied or expanded as a whole, so that a model's pages are shared between processes.
+        data: uint8 [N, row_bytes], contiguous, not written to from then on. May be a read-only memory map. Embeddings
+            and exact products read it in place, and its pages are shared between processes; integer products on a CPU
+            (`ops.linear`) make and keep a copy in another order, of the same size, when they first meet it.
         kind: "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1"; the layouts are in `fastlm.reference.quantized`.
         shape: (N, K). K is a multiple of 32 for the Q kinds.
 
@@ -34,7 +41,7 @@ class QuantizedTensor:
         ValueError: the kind is unknown, K is not a whole number of blocks, or `data` does not fit.
     """
 
-    __slots__ = ("code", "data", "kind", "row_bytes", "shape")
+    __slots__ = ("_interleaved", "code", "data", "kind", "row_bytes", "shape")
 
     requires_grad = False
     data: Tensor
@@ -42,6 +49,7 @@ class QuantizedTensor:
     shape: torch.Size
     code: int
     row_bytes: int
+    _interleaved: dict[int, Tensor]
 
     def __init__(self, data: Tensor, kind: str, shape: tuple[int, int]) -> None:
         if kind not in KINDS:
@@ -63,6 +71,7 @@ class QuantizedTensor:
         self.shape = torch.Size(shape)
         self.code = KINDS[kind].code
         self.row_bytes = row_bytes
+        self._interleaved = _INTERLEAVED.setdefault(data, {})
 
     @classmethod
     def from_numpy(cls, data: np.ndarray, kind: str, shape: tuple[int, int]) -> QuantizedTensor:
@@ -125,6 +134,21 @@ class QuantizedTensor:
             raise IndexError(f"QuantizedTensor.rows: id {int(wrong)} is not in [0, {count})")
         return dequantize(self.data[ids.long()], self.kind)
 
+    def interleaved(self) -> Tensor:
+        """The bytes in the order in which the active instruction-set level's integer products read them.
+
+        Made once and never moved or dropped: recorded programs hold its address.
+        """
+        lanes = native.CPU.require().simd_lanes()
+        packed = self._interleaved.get(lanes)
+        if packed is None:
+            with _INTERLEAVING:
+                packed = self._interleaved.get(lanes)
+                if packed is None:
+                    packed = kernel.interleave(self.data, self.code, self.shape[0], self.shape[1])
+                    self._interleaved[lanes] = packed
+        return packed
+
     def _native(self) -> bool:
         return native.CPU.module is not None and self.data.is_cpu and not tracing()
 
@@ -145,8 +169,8 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight as it is stored."""
-        return self.data.numel()
+        """Bytes of the weight as it is stored, and of the interleaved copy where there is one."""
+        return self.data.numel() + sum(map(len, self._interleaved.values()))
 
     @property
     def to_gguf_kind(self) -> GGMLQuantizationType:

@@ -7,9 +7,13 @@ from torch import Tensor
 
 from fastlm.reference.quantized import KINDS, dequantize
 
-__all__ = ["linear", "quantize_activations", "quantized_linear"]
+__all__ = ["FEW_TOKENS", "linear", "quantize_activations", "quantized_linear", "rounding_bits"]
 
 BLOCK = 32
+
+FEW_TOKENS = 16
+"""Up to so many tokens of a sequence are rounded finely: steps of decoding wait for the weights and have arithmetic to
+spare. A long prompt has not."""
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -21,18 +25,29 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return output.to(input.dtype)
 
 
-def quantize_activations(input: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes [..., K / 32, 32] and float32 scales [..., K / 32, 1] of an input [..., K].
-
-    scale = max|x| / 127 and code = round(x * (127 / max|x|)), halves to even, for each block of 32. A block without
-    any |x| >= 2^-100 is all zeros (its scale has no reciprocal); one with an infinity or NaN has the scale NaN.
+def rounding_bits(shape: torch.Size) -> int:
+    """To how many bits `compute="fast"` rounds an input of this shape: a row's result then depends on how many tokens
+    of its own sequence come with it ([..., T, K]), never on the batch. Of an input [N, K] each row is a sequence.
     """
-    blocks = input.float().unflatten(-1, (input.shape[-1] // BLOCK, BLOCK))
+    return 8 if len(shape) > 2 and shape[-2] > FEW_TOKENS else 15
+
+
+def quantize_activations(input: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Integers [..., K / size, size] and float32 scales [..., K / size, 1] of an input [..., K].
+
+    8 bits: blocks of 16 with steps = 127. 15 bits: blocks of 32 with steps = 127 * 128, an integer being
+    128 a + b with a and b of 8 bits. scale = max|x| * (1 / steps) and code = round(x * (steps / max|x|)), halves to
+    even. A block without any |x| >= 2^-100 is all zeros (its scale has no reciprocal); one with an infinity or NaN has
+    the scale NaN.
+    """
+    size, steps = {8: (BLOCK // 2, 127), 15: (BLOCK, 127 * 128)}[bits]
+    blocks = input.float().unflatten(-1, (input.shape[-1] // size, size))
     largest = blocks.abs().amax(-1, keepdim=True)
     usable = torch.isfinite(largest) & (largest >= 2.0**-100)
-    codes = torch.where(usable, torch.round(blocks * (127 / largest)), 0.0)
-    scales = torch.where(torch.isfinite(largest), largest / 127, torch.nan)
-    return codes.to(torch.int8), torch.where(largest < 2.0**-100, 0.0, scales)
+    most = torch.full_like(largest, steps)  # a tensor: torch divides a number by one in two roundings
+    codes = torch.where(usable, torch.round(blocks * (most / largest)), 0.0)
+    scales = torch.where(torch.isfinite(largest), largest * most.reciprocal(), torch.nan)
+    return codes.to(torch.int16), torch.where(largest < 2.0**-100, 0.0, scales)
 
 
 def quantized_linear(input: Tensor, data: Tensor, kind: str, bias: Tensor | None, compute: str) -> Tensor:
@@ -44,7 +59,7 @@ def quantized_linear(input: Tensor, data: Tensor, kind: str, bias: Tensor | None
     weight = dequantize(data, kind)
     if compute == "fast" and KINDS[kind].block == BLOCK:
         wide = input.double() if input.dtype == torch.float64 else input.float()
-        codes, scales = quantize_activations(wide.detach())
+        codes, scales = quantize_activations(wide.detach(), rounding_bits(input.shape))
         rounded = (codes.to(wide.dtype) * scales.to(wide.dtype)).flatten(-2)
         straight_through = wide - wide.detach()  # zero, with the gradient of the input
         return linear(rounded + straight_through, weight, bias).to(input.dtype)

@@ -1,4 +1,4 @@
-// y = x W^T + b for a few rows of x, with W in one of GGUF's formats, read in place.
+// y = x W^T + b with W in one of GGUF's formats: read in place with float arithmetic, interleaved with integers.
 //
 // The formats' layouts are in fastlm/reference/quantized.py; `columns` is a multiple of 32 for the Q kinds.
 #pragma once
@@ -27,30 +27,60 @@ constexpr int64_t weight_bytes(WeightKind kind, int64_t count) {
   return 0;
 }
 
-// 32 inputs as int8 with a scale: x ~ scale * code.
-struct alignas(64) InputBlock {
-  int8_t codes[kBlock];
-  int32_t offsets[4];  // -128 times the sum of codes 4 i .. 4 i + 3 and 16 + 4 i .. 16 + 4 i + 3
-  float scale;
-  float scaled_sum;  // scale * sum of the codes
+// How inputs are rounded for integer products; see fastlm.reference.linear.quantize_activations. The larger scheme
+// takes twice the instructions: nothing where a few rows of input wait for the weights, and too much where many do not.
+enum class Rounding : int { kNone = 0, kBits8 = 1, kBits15 = 2 };
+
+// 32 rounded inputs. kBits8: scales[i] * first[16 i + j]. kBits15: scales[0] * (128 * first[j] + second[j]).
+struct alignas(32) InputBlock {
+  int8_t first[kBlock];
+  float scales[2];
+  int32_t minus_8[2];  // -8 times the sum of the integers that each scale belongs to
+  float sum;           // of all 32, scaled
+  int8_t second[kBlock];
+};
+
+constexpr int kMostWeights = 4;
+
+struct LinearWeight {
+  // Float arithmetic: [outputs, weight_bytes(kind, columns)], contiguous, of any alignment. Q kinds with a Rounding:
+  // as `interleave` made it, aligned to 64 bytes. Only read.
+  const void* weight;
+  const float* bias;  // [outputs] or null
+  float* output;      // [rows, outputs], contiguous; overlaps nothing
+  int64_t outputs;
+  WeightKind kind;
 };
 
 struct LinearArgs {
   const float* input;  // [rows, columns], contiguous
-  const void* weight;  // [outputs, weight_bytes(kind, columns)], contiguous, of any alignment; only read
-  const float* bias;   // [outputs] or null
-  float* output;       // [rows, outputs], contiguous; overlaps nothing
-  // [rows, columns / 32], aligned to 64 bytes, used during the call only; null for float arithmetic. With it, inputs are rounded to
-  // int8 and the products are integer ones (Q kinds only).
-  InputBlock* scratch;
-  int64_t rows, outputs, columns;
-  WeightKind kind;
+  InputBlock* scratch;  // [rows, columns / 32], used during the call only; null where rounding is kNone
+  LinearWeight weights[kMostWeights];  // of one number of columns; their products are computed side by side
+  int count;
+  int64_t rows, columns;
+  Rounding rounding;  // for the weights of Q kinds
   int threads;
 };
 
-// Every weight is read from memory once for all rows. An output depends on its own row of the input and of the weight
-// alone: neither `rows` nor `threads` changes a bit of it.
+// Every weight is read from memory once for a dozen rows. An output depends on its own row of the input and of the
+// weight alone: neither `rows`, `count` nor `threads` changes a bit of it.
 void linear(const LinearArgs& args);
+
+// Rows of a weight are interleaved by as many as the active level has lanes (fastlm/math.h: simd_lanes), so that one
+// load has the same columns of all of them: blocks of 32 columns follow each other, each with its rows' scales, their
+// minima (Q4_1), and then their codes, 4 bytes of each row in turn. Missing rows at the end are zeros.
+constexpr int64_t interleaved_bytes(WeightKind kind, int64_t outputs, int64_t columns, int lanes) {
+  return (outputs + lanes - 1) / lanes * lanes * weight_bytes(kind, columns);
+}
+
+struct Interleave {
+  const void* weight;   // [outputs, weight_bytes(kind, columns)], contiguous, of any alignment; only read
+  uint8_t* packed;      // [interleaved_bytes(...)]; overlaps nothing
+  int64_t outputs, columns;
+  WeightKind kind;  // a Q kind
+  int threads;
+};
+void interleave(const Interleave& args);
 
 struct DequantizeArgs {
   const void* weight;  // [outputs, weight_bytes(kind, columns)], contiguous, of any alignment; only read
