@@ -62,8 +62,8 @@ def run_case(case: Case, *, quick: bool = False) -> dict[str, Any]:
         if case.returns_figure:
             result = measure.compare_figures(case.ours, case.peer, pairs=pairs)
         else:
-            result, memory = _timed(case, pairs)
-            row |= memory
+            result, facts = _timed(case, pairs)
+            row |= facts
     except GateFailed as error:
         return row | {"status": "gate failed", "reason": str(error)}
     except EngineError as error:
@@ -73,18 +73,19 @@ def run_case(case: Case, *, quick: bool = False) -> dict[str, Any]:
     return row | _bound(case, result.ours)
 
 
-def _timed(case: Case, pairs: int) -> tuple[measure.Comparison, dict[str, int | None]]:
-    """The comparison, and the memory of both sides: of an engine's process the most it held in its turns, of a call in
-    this process what it took above what was held before."""
-    sides = {"ours_bytes": case.ours, "peer_bytes": case.peer}
+def _timed(case: Case, pairs: int) -> tuple[measure.Comparison, dict[str, Any]]:
+    """The comparison, and what else is known of both sides: of an engine the most memory that its process held in its
+    turns, and what it says of itself; of a call in this process the memory it took above what was held before."""
+    sides = {"ours": case.ours, "peer": case.peer}
     tasks = {name: side for name, side in sides.items() if isinstance(side, Task)}
     if not tasks:
         result = measure.compare(case.ours, case.peer, pairs=pairs, seconds=case.seconds)
-        return result, {name: measure.grown_bytes(side) for name, side in sides.items()}
+        return result, {f"{name}_bytes": measure.grown_bytes(side) for name, side in sides.items()}
     known = {name: task.forget_peak() for name, task in tasks.items()}
     # A turn is one call: these take long enough.
     result = measure.compare(case.ours, case.peer, pairs=pairs, seconds=0, settle=_SETTLE)
-    return result, {name: task.peak_bytes() if known[name] else None for name, task in tasks.items()}
+    facts: dict[str, Any] = {f"{name}_about": task.about() for name, task in tasks.items()}
+    return result, facts | {f"{name}_bytes": task.peak_bytes() if known[name] else None for name, task in tasks.items()}
 
 
 def _bound(case: Case, seconds: float) -> dict[str, Any]:

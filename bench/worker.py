@@ -156,6 +156,10 @@ class Task:
             raise EngineError(self.engine, f"no model for it: {type(error).__name__}: {error}") from error
         return self.pool.get(self.engine, model, **self.options)
 
+    def about(self) -> str:
+        """How the engine says it was built or computes."""
+        return str(self._worker().call("about"))
+
     def forget_peak(self) -> bool:
         """Starts `peak_bytes` again from what is held now; False where Linux can't."""
         return bool(self._worker().call("forget_peak"))

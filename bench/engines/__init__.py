@@ -3,6 +3,7 @@
     Engine(model: str, threads: int, **options)
     generate(prompts: list of equally long id lists, tokens, top_p=None) -> new ids per prompt
         exactly `tokens` each, greedy where top_p is None, else drawn at temperature 0.8 within top_p
+    about() -> how the engine says it was built or computes
     logits(ids) -> float32 array [len(ids), vocabulary]
 
 The module is named as the engine's package is, or `fastlm`. Each engine is used the way its own users get the most out

@@ -33,5 +33,8 @@ class Engine:
         )
         return [list(result.sequences_ids[0]) for result in results]
 
+    def about(self) -> str:
+        return f"compute type {self._generator.compute_type}"
+
     def logits(self, ids: list[int]) -> Any:
         return np.array(self._generator.forward_batch([ids]))[0]

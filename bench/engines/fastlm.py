@@ -17,11 +17,15 @@ class Engine:
 
     def __init__(self, model: str, threads: int, compute: str = "fast") -> None:
         torch.set_num_threads(threads)
+        self._compute = compute
         self._model = fastlm.load(model, compute=compute)
 
     def generate(self, prompts: list[list[int]], tokens: int, top_p: float | None = None) -> list[list[int]]:
         how: Any = {"temperature": 0} if top_p is None else {"temperature": TEMPERATURE, "top_p": top_p, "seed": 1}
         return self._model.generate_ids(prompts, max_new_tokens=tokens, min_new_tokens=tokens, **how)
+
+    def about(self) -> str:
+        return f"compute {self._compute}"
 
     def logits(self, ids: list[int]) -> Any:
         return self._model.logits([ids])[0].numpy()

@@ -1,6 +1,9 @@
 """llama.cpp through the C interface of llama-cpp-python: the loop of its own `simple` and `batched` examples.
 
 The package's high-level class copies and samples in Python; the few ctypes calls per token here cost microseconds.
+pip builds it for the machine at hand; where that build crashes (seen on a virtual Xeon with AMX), name the instruction
+sets: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON".
+The record has what the build says of itself (`about`).
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class Engine:
             raise RuntimeError(f"llama_decode gave {code}")
 
     def _clear(self) -> None:
-        c.llama_memory_clear(c.llama_get_memory(self._context), True)
+        c.llama_memory_clear(c.llama_get_memory(self._context), False)
 
     def _sampler(self, top_p: float | None, seed: int) -> Any:
         chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
@@ -91,6 +94,9 @@ class Engine:
         finally:
             for sampler in samplers:
                 c.llama_sampler_free(sampler)
+
+    def about(self) -> str:
+        return str(c.llama_print_system_info().decode().strip())
 
     def logits(self, ids: list[int]) -> Any:
         self._clear()

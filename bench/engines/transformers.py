@@ -48,6 +48,10 @@ class Engine:
         new: list[list[int]] = out[:, ids.shape[1] :].tolist()
         return new
 
+    def about(self) -> str:
+        compiled = "compiled, static cache" if self._cache else "eager"
+        return f"{self._model.dtype}, attention {self._model.config._attn_implementation}, {compiled}"
+
     def logits(self, ids: list[int]) -> Any:
         with torch.inference_mode():
             return self._model(torch.tensor([ids])).logits[0].numpy()

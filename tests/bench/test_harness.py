@@ -34,6 +34,8 @@ class Engine:
         return "answer"
     def hold(self, megabytes):
         return len(b"x" * (megabytes << 20))
+    def about(self):
+        return "a fake"
     def refuse(self):
         raise RuntimeError("not that")
     def crash(self):
@@ -123,6 +125,7 @@ def test_row_has_the_engine_s_memory(fake: str, tmp_path: Path) -> None:
         ours, peer = (Task(pool, fake, tmp_path, "hold", (size,), {"greeting": str(size)}) for size in (1, 200))
         row = program.run_case(case(ours, peer, lambda: None, pairs=2))
     assert row["peer_bytes"] > row["ours_bytes"] + (150 << 20)
+    assert row["peer_about"] == "a fake"
 
 
 # Rows
