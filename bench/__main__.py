@@ -59,6 +59,7 @@ def run_case(case: Case, *, quick: bool = False) -> dict[str, Any]:
     pairs = min(case.pairs, _QUICK_PAIRS) if quick else case.pairs
     try:
         row["gate"] = case.gate() or "passed"
+        reads = _reads(case)
         if case.returns_figure:
             result = measure.compare_figures(case.ours, case.peer, pairs=pairs)
         else:
@@ -70,7 +71,7 @@ def run_case(case: Case, *, quick: bool = False) -> dict[str, Any]:
         # Ours that crashes is a failure; a peer that does is a fact.
         return row | {"status": "gate failed" if error.engine == OURS else "peer unavailable", "reason": str(error)}
     row |= {"status": "measured"} | asdict(result) | report.figures(case, result)
-    return row | _bound(case, result.ours)
+    return row | _bound(case, result.ours, reads)
 
 
 def _timed(case: Case, pairs: int) -> tuple[measure.Comparison, dict[str, Any]]:
@@ -88,12 +89,16 @@ def _timed(case: Case, pairs: int) -> tuple[measure.Comparison, dict[str, Any]]:
     return result, facts | {f"{name}_bytes": task.peak_bytes() if known[name] else None for name, task in tasks.items()}
 
 
-def _bound(case: Case, seconds: float) -> dict[str, Any]:
-    """What the machine would need at least, reading at the speed at which it reads that many bytes now, and
-    multiplying at that of torch's float32 matrix product; and how near ours is to it."""
+def _reads(case: Case) -> float:
+    return 0.0 if case.moved is None else measure.read_bandwidth(case.resident or case.moved)
+
+
+def _bound(case: Case, seconds: float, reads: float) -> dict[str, Any]:
+    """What the machine would need at least, reading as fast as it read that many bytes before the turns (`reads`) or
+    after them, and multiplying as fast as torch's float32 matrix product; and how near ours is to it."""
     if case.moved is None:
         return {}
-    reads = measure.read_bandwidth(case.resident or case.moved)
+    reads = max(reads, _reads(case))
     needed = {"reads": case.moved / reads, "sgemm": (case.flops or 0.0) / _flop_per_s()}
     ceiling = max(needed, key=lambda name: needed[name])
     return {"reads_of_this_size_per_s": reads, "ceiling": ceiling, "ours_of_ceiling": needed[ceiling] / seconds}
