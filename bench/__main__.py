@@ -41,6 +41,8 @@ _SUITES: dict[str, tuple[str, ...]] = {
         "attention",
         "attention_decode",
         "lstm_step",
+        "lstm",
+        "dropin",
         "training_memory",
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ __all__ = ["Engine"]
 
 class Engine:
     """`AutoModelForCausalLM` with its default attention (PyTorch's fused one): eager with the growing KV cache, or
-    `compiled` with the static one, which is what torch.compile needs."""
+    `compiled` with the static one, which is what torch.compile needs. With `door`, `generate` gets the one added
+    argument that hands it to fastlm: "float32", or the kind of weights fastlm converts the model's to."""
 
-    def __init__(self, model: str, threads: int, compiled: bool = False) -> None:
+    def __init__(self, model: str, threads: int, compiled: bool = False, door: str | None = None) -> None:
         torch.set_num_threads(threads)
         logging.disable_progress_bar()
         path = Path(model)
@@ -26,14 +28,21 @@ class Engine:
         if path.is_file():
             where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         self._model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-        self._cache: dict[str, Any] = {}
+        self._added: dict[str, Any] = {}
         if compiled:
             self._model.forward = torch.compile(self._model.forward)
-            self._cache = {"cache_implementation": "static"}
+            self._added = {"cache_implementation": "static"}
+        if door is not None:
+            import fastlm
+
+            # fastlm says by a warning that it leaves the work to transformers, which would be no figure of ours.
+            warnings.filterwarnings("error", message="fastlm.generate leaves this")
+            weights = {} if door == "float32" else {"weights": door}
+            self._added = {"custom_generate": fastlm.generate} | weights
 
     def generate(self, prompts: list[list[int]], tokens: int, top_p: float | None = None) -> list[list[int]]:
         ids = torch.tensor(prompts)
-        how: dict[str, Any] = {"do_sample": False} | self._cache
+        how: dict[str, Any] = {"do_sample": False} | self._added
         if top_p is not None:
             how |= {"do_sample": True, "temperature": TEMPERATURE, "top_p": top_p, "top_k": 0}
         with torch.inference_mode():
@@ -49,8 +58,8 @@ class Engine:
         return new
 
     def about(self) -> str:
-        compiled = "compiled, static cache" if self._cache else "eager"
-        return f"{self._model.dtype}, attention {self._model.config._attn_implementation}, {compiled}"
+        added = ", ".join(self._added) or "eager"
+        return f"{self._model.dtype}, attention {self._model.config._attn_implementation}, {added}"
 
     def logits(self, ids: list[int]) -> Any:
         with torch.inference_mode():
