@@ -108,14 +108,7 @@ void attend(const RowBlock& block, const Buffers& to) {
     for (int v = 0; v < block.vectors; ++v) update(x, v, &softmax);
     int64_t stride = a.value_stride[2];
     const float* block_values = padded(values + base * stride, &stride, a.value_dim, count, to.values);
-    for (int r = 0; r < block.count; r += kTileRows) {
-      const int rows = static_cast<int>(smaller(kTileRows, block.count - r));
-      const Span seen = x.of({block.span(r).low, block.span(r + rows - 1).high});
-      if (seen.low >= seen.high) continue;
-      const Product p = {to.s + seen.low * kBlockRows + r, kBlockRows, block_values + seen.low * stride, stride,
-                         seen.high - seen.low, to.output + r * width, width, softmax.keep + r};
-      product<true>(p, rows, static_cast<int>(width / kLanes));
-    }
+    add_seen(x, to.s, block_values, stride, softmax.keep, to.output, width);
   }
   finish(block, softmax, to.output, width);
 }

@@ -224,7 +224,22 @@ static inline void scores(const Scores& x) {
   }
 }
 
-// The keys [begin, begin + count) of `from`, as they are if their rows are whole vectors, else a copy padded with 0.
+// to[row] = keep[row] * to[row] + the sum over the keys j that the row sees of weights[j][row] * b[j]: for outputs,
+// values; for gradients of queries, keys. Weights of other keys are 0. `width` is that of b's and to's rows, in floats.
+static inline void add_seen(const Scores& x, const float* weights, const float* b, int64_t b_stride, const float* keep,
+                            float* to, int64_t width) {
+  const RowBlock& block = *x.block;
+  for (int r = 0; r < block.count; r += kTileRows) {
+    const int rows = static_cast<int>(smaller(kTileRows, block.count - r));
+    const Span seen = x.of({block.span(r).low, block.span(r + rows - 1).high});
+    if (seen.low >= seen.high) continue;
+    const Product p = {weights + seen.low * kBlockRows + r, kBlockRows, b + seen.low * b_stride, b_stride,
+                       seen.high - seen.low, to + r * width, width, keep + r};
+    product<true>(p, rows, static_cast<int>(width / kLanes));
+  }
+}
+
+// The first `count` rows of `from`, as they are if they are whole vectors, else a copy padded with 0.
 FASTLM_INLINE const float* padded(const float* from, int64_t* stride, int64_t dim, int64_t count, float* copy) {
   if (dim % kLanes == 0) return from;
   const int64_t width = round_up(dim, kLanes);

@@ -35,6 +35,8 @@
   X(int64_t, dequantize_rows, (const DequantizeArgs& a), (a))                       \
   X(void, attention, (const Attention& a), (a))                                     \
   X(int64_t, attention_scratch, (const Attention& a), (a))                          \
+  X(void, attention_backward, (const AttentionBackward& a), (a))                    \
+  X(int64_t, attention_backward_scratch, (const AttentionBackward& a), (a))         \
   X(void, attention_decode, (const AttentionDecode& a), (a))                        \
   X(int64_t, attention_decode_check, (const AttentionDecode& a), (a))               \
   X(int64_t, attention_decode_scratch, (const AttentionDecode& a, int64_t longest), (a, longest)) \

@@ -74,12 +74,35 @@ void forward(Given... given) {
   launch(&attention, a);
 }
 
+void backward(const py::tuple& forward_arguments, const py::tuple& grad_output, const py::tuple& grad_query,
+              const py::tuple& grad_key, const py::tuple& grad_value) {
+  refuse_recording("attention_backward");
+  const auto& f = forward_arguments;
+  AttentionBackward g = {};
+  g.a = arguments(f[0], f[1], f[2], f[3], f[4].cast<bool>(), f[5].cast<address>(), f[6].cast<int64_t>(),
+                  f[7].cast<float>(), f[8].cast<float>(), f[9].cast<int64_t>(), f[10].cast<bool>(), f[11],
+                  f[12].cast<address>(), f[13].cast<int>());
+  const Attention& a = g.a;
+  const Sizes query = {a.batch, a.heads, a.queries, a.dim};
+  const Sizes key = {a.batch, a.kv_heads, a.keys, a.dim}, value = {a.batch, a.kv_heads, a.keys, a.value_dim};
+  int64_t unused[3];
+  Tensor(grad_output)
+      .give("grad_output", {a.batch, a.heads, a.queries, a.value_dim}, &g.grad_output, g.grad_output_stride);
+  Tensor(grad_query).give("grad_query", query, &g.grad_query, g.grad_query_stride);
+  Tensor(grad_key).give("grad_key", key, &g.grad_key, unused);
+  Tensor(grad_value).give("grad_value", value, &g.grad_value, unused);
+  g.threads = a.threads;
+  g.a.scratch = static_cast<float*>(scratch(attention_backward_scratch(g) * sizeof(float)));
+  launch(&attention_backward, g);
+}
+
 }  // namespace
 
 // Tensors are (address, shape, strides), the mask (address, strides of its broadcast shape).
 void bind_attention(py::module_& m) {
   m.def("attention", &forward<const py::tuple&, const py::tuple&, const py::tuple&, const py::object&, bool, address,
                               int64_t, float, float, int64_t, bool, const py::tuple&, address, int>);
+  m.def("attention_backward", &backward);
 }
 
 }  // namespace fastlm

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,20 +18,45 @@ from fastlm.reference import attention as reference
 __all__ = ["attention"]
 
 
-def _cpu_run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    dropout_p: float,
-) -> Tensor:
-    options = (causal, mask, scale, window, softcap, alibi_slopes)
-    return kernel.attention(query, key, value, *options)[0]
+class _Attention(torch.autograd.Function):
+    """Attention by the native kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+        output, lse = kernel.attention(query, key, value, *options, save=True)
+        causal, mask, scale, window, softcap, alibi_slopes = options
+        ctx.save_for_backward(query, key, value, output, lse, mask, alibi_slopes)
+        ctx.options = causal, scale, window, softcap
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _AttentionGradients.apply(grad_output, *ctx.saved_tensors, *ctx.options)
+        return (*gradients, None, None, None, None, None, None)
+
+
+class _AttentionGradients(torch.autograd.Function):
+    """The backward of `_Attention`, a function of its own so that differentiating it fails with a reason."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+        *tensors, mask, alibi_slopes, causal, scale, window, softcap = given
+        return kernel.attention_backward(*tensors, causal, mask, scale, window, softcap, alibi_slopes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise NotImplementedError(
+            "attention: the native backward has no derivative of its own; run the forward under "
+            "fastlm.backend('reference') to differentiate it twice"
+        )
+
+
+def _cpu_run(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    *kept, _ = options  # the kernel has no dropout
+    if needs_grad(query, key, value):
+        result: Tensor = _Attention.apply(query, key, value, *kept)
+        return result
+    return kernel.attention(query, key, value, *kept)[0]
 
 
 def _cpu_why_not(
@@ -46,7 +73,7 @@ def _cpu_why_not(
 ) -> str | None:
     return refuse(
         (dropout_p > 0, "the kernel has no dropout"),
-        (needs_grad(query, key, value, mask, alibi_slopes), "a gradient is wanted"),
+        (needs_grad(mask, alibi_slopes), "a gradient of the mask or the slopes is wanted"),
         (0 in query.shape or 0 in key.shape or 0 in value.shape, "an empty query, key or value"),
         (
             any(t is not None and not t.is_cpu for t in (mask, alibi_slopes)),

@@ -224,3 +224,95 @@ def test_refusals() -> None:
     assert ops.explain("attention", query, key, value).chosen == "cpu"
     for change in ({"dropout_p": 0.5}, {"query": query.double(), "key": key.double(), "value": value.double()}):
         assert ops.explain("attention", **{"query": query, "key": key, "value": value, **change}).chosen == "torch"
+
+
+Gradients = tuple[Tensor, ...]
+
+
+def gradients(given: list[Tensor], options: dict[str, Any], upstream: Tensor, backend: str) -> Gradients:
+    leaves = [t.detach().requires_grad_() for t in given]
+    with ops.backend(backend):
+        return torch.autograd.grad(ops.attention(*leaves, **options), leaves, upstream.to(given[0].dtype))
+
+
+def compare_gradients(
+    given: list[Tensor], options: dict[str, Any], change: Callable[[Gradients], Gradients] = lambda found: found
+) -> None:
+    query, _, value = given
+    upstream = torch.randn(*query.shape[:3], value.shape[3] + 1)[..., 1:]
+    exact = gradients([t.double() for t in given], options, upstream, "reference")
+    single = gradients(given, options, upstream, "reference")
+    found = change(gradients(given, options, upstream, "cpu"))
+    # Where a query sees one key, the gradients of queries and keys are 0 but for rounding: so all three as one.
+    flat = [torch.cat([t.flatten() for t in three]) for three in (found, single, exact)]
+    assert_close_to_reference(*flat, floor=5e-6)
+
+
+@pytest.mark.parametrize("chosen", range(len(EVERY)))
+@pytest.mark.parametrize("sizes", [(1, 1), (40, 300), (193, 193), (100, 60)])
+def test_gradients(isa: str, chosen: int, sizes: tuple[int, int]) -> None:
+    for kv_heads, dim, value_dim in ((2, 24, 40), (6, 64, 7)):
+        compare_gradients(tensors(2, 6, kv_heads, *sizes, dim, value_dim), EVERY[chosen])
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_gradients_under_a_mask(isa: str, kind: str) -> None:
+    mask = a_mask(kind, 2, 1, 50, 210)
+    assert mask is not None
+    mask[:, :, 7] = False if kind == "bool" else -torch.inf
+    compare_gradients(tensors(2, 6, 3, 50, 210, 16, 16), options(mask=mask, softcap=2.0))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_gradients_of_any_shape(data: st.DataObject) -> None:
+    batch, kv_heads, group = (data.draw(st.integers(1, 3)) for _ in range(3))
+    queries, keys = data.draw(st.integers(1, 3 * BLOCK_ROWS)), data.draw(st.integers(1, 2 * BLOCK_KEYS))
+    dim, value_dim = data.draw(st.integers(1, 130)), data.draw(st.integers(1, 130))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    window = data.draw(st.sampled_from([None, 1, 50, 500]))
+    chosen = options(causal=data.draw(st.booleans()), window=window, scale=dim**-0.5)
+    compare_gradients(tensors(batch, kv_heads * group, kv_heads, queries, keys, dim, value_dim), chosen)
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_planted_faults_in_gradients_are_found(wrong: int) -> None:
+    """The last key's share lost, the scale left out, a group's heads not added up: each in one of the gradients."""
+    given = tensors(2, 4, 2, 200, 400, 33, 20)
+
+    def change(found: Gradients) -> Gradients:
+        query, key, value = (t.clone() for t in found)
+        if wrong == 0:
+            value[:, :, -1] = 0
+        elif wrong == 1:
+            query /= 0.3
+        else:
+            key /= 2
+        return query, key, value
+
+    compare_gradients(given, options(causal=True))
+    with pytest.raises(AssertionError):
+        compare_gradients(given, options(causal=True), change)
+
+
+def test_gradients_do_not_depend_on_threads_nor_on_chance(isa: str) -> None:
+    for batch, dim in ((1, 32), (3, 20)):
+        given, upstream = tensors(batch, 6, 2, 250, 450, dim, dim), torch.randn(batch, 6, 250, dim)
+        found = gradients(given, options(causal=True), upstream, "cpu")
+        before = torch.get_num_threads()
+        try:
+            for threads in (before, 1):
+                torch.set_num_threads(threads)
+                again = gradients(given, options(causal=True), upstream, "cpu")
+                assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_gradients_that_the_kernel_leaves_to_others() -> None:
+    query, key, value = (t.detach().clone().requires_grad_() for t in tensors(1, 2, 2, 3, 3, 4, 4))
+    bias = torch.randn(3, 3, requires_grad=True)
+    assert ops.explain("attention", query, key, value, mask=bias).chosen == "torch"
+    grad = torch.autograd.grad(ops.attention(query, key, value).sum(), query, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match=r"fastlm.backend\('reference'\)"):
+        torch.autograd.grad(grad.sum(), query)

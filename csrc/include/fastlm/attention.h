@@ -40,4 +40,19 @@ struct Attention {
 int64_t attention_scratch(const Attention& a);
 void attention(const Attention& a);
 
+// Gradients of the above; they overlap nothing. The result does not depend on `threads`.
+struct AttentionBackward {
+  Attention a;               // output and lse as the forward gave them; scratch: attention_backward_scratch(...) floats
+  const float* grad_output;  // [batch, heads, queries, value_dim]
+  int64_t grad_output_stride[3];
+  float* grad_query;  // [batch, heads, queries, dim]
+  int64_t grad_query_stride[3];
+  float* grad_key;    // [batch, kv_heads, keys, dim], contiguous
+  float* grad_value;  // [batch, kv_heads, keys, value_dim], contiguous
+  int threads;
+};
+
+int64_t attention_backward_scratch(const AttentionBackward& a);
+void attention_backward(const AttentionBackward& a);
+
 }  // namespace fastlm
