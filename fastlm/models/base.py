@@ -18,6 +18,7 @@ from fastlm.nn.linear import Linear, QuantizedLinear
 from fastlm.nn.state import KVCache, RecurrentState, Rows
 from fastlm.ops.checks import describe
 from fastlm.ops.quantized import QuantizedTensor
+from fastlm.reference.linear import FEW_TOKENS
 
 __all__ = ["CausalLM", "ModelConfig", "State", "initialize"]
 
@@ -109,6 +110,10 @@ class CausalLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] for hidden states [..., d]."""
+        if isinstance(self.output, QuantizedLinear) and hidden.dim() == 3 and hidden.shape[1] > FEW_TOKENS:
+            # Each a row of its own, a prompt's states are rounded no more coarsely than those of single steps: what is
+            # lost here goes straight into the logits.
+            return self.output(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         if self.output is not None:
             return self.output(hidden)
         return ops.linear(hidden, self.embedding.weight, self.head_bias)
