@@ -105,16 +105,21 @@ void cell(int64_t batch, int64_t inputs, int64_t hidden, address input, address 
 void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
                int64_t inputs, int64_t hidden, bool reverse, address input, address w_ih, address w_hh, address bias,
                address h0, address output, address h_n, int threads) {
-  refuse_recording("recurrent_forward");
   check_batch_sizes(batch_sizes, rows, batch);
   check(inputs >= 1 && hidden >= 1, "recurrent_forward: sizes must be positive");
   const auto floats = recurrent_forward_scratch(kind, rows, batch, hidden);
   auto* const memory = static_cast<float*>(scratch(floats * sizeof(float)));
+  RecurrentForward args = {kind, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
+                           pointer<const float>(input), pointer<const float>(w_ih), pointer<const float>(w_hh),
+                           pointer<const float>(bias), pointer<const float>(h0), reverse, pointer<float>(output),
+                           pointer<float>(h_n), memory, threads};
+  if (Program* const program = recording())
+    program->add([args, sizes = batch_sizes]() mutable {
+      args.batch_sizes = sizes.data();
+      return recurrent_forward(args), int64_t{-1};
+    });
   py::gil_scoped_release unlocked;
-  recurrent_forward({kind, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
-                     pointer<const float>(input), pointer<const float>(w_ih), pointer<const float>(w_hh),
-                     pointer<const float>(bias), pointer<const float>(h0), reverse, pointer<float>(output),
-                     pointer<float>(h_n), memory, threads});
+  recurrent_forward(args);
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ void* scratch(std::size_t bytes) {
 }
 
 void bind_program(py::module_& m) {
+  py::register_exception<NotRecordable>(m, "NotRecordable");
   m.def("recording", [] { return recording() != nullptr; });
   py::class_<Program>(m, "Program")
       .def(py::init<int>(), py::arg("threads"))

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "fastlm/program.h"
@@ -41,9 +42,14 @@ int64_t launch(int64_t (*kernel)(const Args&), const Args& args) {
   return kernel(args);
 }
 
+// Raised in Python as NotRecordable.
+struct NotRecordable : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // For kernels whose arguments do not outlive the call.
 inline void refuse_recording(const char* kernel) {
-  if (recording() != nullptr) throw std::runtime_error(std::string(kernel) + " cannot be recorded");
+  if (recording() != nullptr) throw NotRecordable(std::string("the kernel ") + kernel + " can't be replayed");
 }
 
 // Memory for a kernel's scratch until the thread's next call of this function; while a program records, for as long as

@@ -52,6 +52,8 @@ class Captured:
         try:
             with recorder:
                 self.result = step()
+        except native.CPU.require().NotRecordable as error:
+            raise CaptureError(str(error)) from None
         finally:
             self._program.stop()
         self._kept = recorder.kept

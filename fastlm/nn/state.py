@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlm import ops
+from fastlm.kernels import native
 
 __all__ = ["KVCache", "KVStep", "RecurrentState", "Rows"]
 
@@ -159,7 +160,8 @@ class KVStep:
                 )
         self.cache = cache
         self.count = count
-        everyone = self.rows == list(range(cache.rows))
+        # A recording serves other rows later, which only an index in memory can tell it.
+        everyone = self.rows == list(range(cache.rows)) and (rows is None or not native.recording())
         # Where equally long rows get many tokens, plain attention to a slice of the cache serves.
         self._start = starts[0] if len(set(starts)) == 1 and (everyone or batch == 1) else None
         device = cache.keys[0].device

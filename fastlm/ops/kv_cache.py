@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlm.kernels import native
 from fastlm.kernels.cpu import elementwise as kernel
 from fastlm.ops.checks import describe
-from fastlm.ops.library import needs_grad, opaque_kernel_why_not
+from fastlm.ops.library import needs_grad, opaque_kernel_why_not, tracing
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import kv_cache as reference
 
@@ -50,6 +50,29 @@ OFFSET = Op(
 )
 
 
+@torch.library.custom_op("fastlm::kv_append", mutates_args=("key_cache", "value_cache"))
+def _kv_append(
+    key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, starts: Tensor, rows: Tensor | None
+) -> None:
+    KV_APPEND(key_cache, value_cache, key, value, starts, rows)
+
+
+@_kv_append.register_fake
+def _(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, starts: Tensor, rows: Tensor | None) -> None:
+    return None
+
+
+@torch.library.custom_op("fastlm::offset", mutates_args=("out",))
+def _offset(source: Tensor, amount: int, out: Tensor, source_index: Tensor | None, out_index: Tensor | None) -> None:
+    # torch wants no argument that may be the one that is written.
+    OFFSET(source.clone(), amount, out, source_index, out_index)
+
+
+@_offset.register_fake
+def _(source: Tensor, amount: int, out: Tensor, source_index: Tensor | None, out_index: Tensor | None) -> None:
+    return None
+
+
 def kv_append(
     key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, starts: Tensor, *, rows: Tensor | None = None
 ) -> None:
@@ -76,7 +99,10 @@ def kv_append(
     for name, index in (("starts", starts), ("rows", rows)):
         if index is not None and (index.shape != shape[:1] or index.dtype != torch.int64 or not index.is_contiguous()):
             raise ValueError(f"kv_append: {name} is {describe(index)}, expected contiguous int64 [{shape[0]}]")
-    KV_APPEND(key_cache, value_cache, key, value, starts, rows)
+    if tracing():
+        _kv_append(key_cache, value_cache, key, value, starts, rows)
+    else:
+        KV_APPEND(key_cache, value_cache, key, value, starts, rows)
 
 
 def offset(
@@ -103,4 +129,7 @@ def offset(
     count, room = (len(t if index is None else index) for t, index in ((source, source_index), (out, out_index)))
     if count != room:
         raise ValueError(f"offset: {count} elements for {room} places")
-    OFFSET(source, amount, out, source_index, out_index)
+    if tracing():
+        _offset(source, amount, out, source_index, out_index)
+    else:
+        OFFSET(source, amount, out, source_index, out_index)

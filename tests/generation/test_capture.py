@@ -38,6 +38,9 @@ MODELS: dict[str, Callable[[], CausalLM]] = {
     "llama": _llama,
     "llama-window-interleaved": lambda: _llama(window=6, rope_interleaved=True, qkv_bias=True, tie_embeddings=True),
     "lstm": _lstm,
+    "gru": lambda: RNNLM(
+        RecurrentConfig(vocab_size=VOCAB, embedding_size=24, hidden_size=24, num_layers=2, cell="gru")
+    ),
 }
 
 
@@ -149,15 +152,33 @@ def test_quantised_weights_are_replayed(isa: str) -> None:
     assert decoder.why_not_captured is None and got == want
 
 
+class Doubled(Llama):
+    """A model whose author has used an operation of torch's."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return super().head(hidden) * 2
+
+
 def test_what_cannot_be_recorded_runs_op_by_op() -> None:
     torch.manual_seed(5)
-    model = RNNLM(RecurrentConfig(vocab_size=VOCAB, embedding_size=24, hidden_size=24, num_layers=2, cell="gru")).eval()
+    sizes = {"num_layers": 2, "num_heads": 4, "hidden_size": 32, "intermediate_size": 48}
+    model = Doubled(LlamaConfig(vocab_size=VOCAB, context_length=64, **sizes)).eval()
     want, decoder = _run(model, PROMPTS, 1, False, max_new_tokens=9)
     assert decoder.why_not_captured == "capture=False"
     got, decoder = _run(model, PROMPTS, 4, True, max_new_tokens=9)
-    assert got == want and decoder.why_not_captured is not None and "aten." in decoder.why_not_captured
+    assert got == want and decoder.why_not_captured is not None and "aten.mul" in decoder.why_not_captured
     with ops.backend("reference"):
         assert _run(_llama().eval(), PROMPTS, 4, True, max_new_tokens=3)[1].why_not_captured == "a backend is forced"
+
+
+def test_a_kernel_that_cannot_be_replayed_says_so() -> None:
+    count, step = _counter()
+    lstm = [torch.randn(16, 4), torch.randn(16, 4)]
+    inputs = torch.randn(3, 1, 4)
+    states = torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)
+    with torch.inference_mode(), pytest.raises(CaptureError, match=r"lstm_forward can't be replayed|aten"):
+        Captured(lambda: (step(), ops.lstm(inputs, states, lstm, bias=False)), count)
+    assert Captured(step, count).run(1)
 
 
 def test_nan_logits_in_the_middle_of_a_replay_are_an_error() -> None:

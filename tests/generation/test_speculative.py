@@ -95,7 +95,7 @@ def test_right_guesses_save_steps(model: CausalLM) -> None:
     while decoder.active:
         steps.append([token.id for token in decoder.step()])
     assert [token for step in steps for token in step] == [token for token, _, _ in want]
-    assert [len(step) for step in steps[:4]] == [1, 1, 5, 5]
+    assert [len(step) for step in steps[:4]] == [1, 5, 5, 5]
     assert decoder.why_not_captured is None
 
 
@@ -174,17 +174,23 @@ def test_pauses_grow_while_guesses_fail_and_end_when_one_pays() -> None:
     assert pace.waiting == 32
 
 
-def test_planted_fault_wrong_guesses_kept_is_seen(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastlm.generation import speculative
+def test_planted_fault_guesses_left_in_the_cache_are_seen(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlm.generation import engine
 
-    confirm = speculative.Speculation.confirm
+    guess = engine.Engine._guess
 
-    def trusting(self: speculative.Speculation, last: int, position: int, guesses: Sequence[int]) -> object:
-        tokens, logits = confirm(self, last, position, guesses)
-        return [*guesses, tokens[-1]][: len(tokens) + 1], logits
+    def forgetful(self: engine.Engine, request: engine.Request) -> object:
+        found = guess(self, request)
+        if found and not left:  # once: the cache has to be large enough for it
+            self._state.lengths[request.slot] += 1
+            left.append(request)
+        return found
+
+    left: list[object] = []
 
     prompt = [1, 2, 3, 4, 5]
-    want = _run(model, prompt, max_new_tokens=20)
-    monkeypatch.setattr(speculative.Speculation, "confirm", trusting)
+    want = _run(model, prompt, max_new_tokens=30)
+    monkeypatch.setattr(engine.Engine, "_guess", forgetful)
     draft = Oracle([*prompt, *(token for token, _, _ in want)], 3)
-    assert _run(model, prompt, draft, max_new_tokens=20, draft_tokens=4) != want
+    got = _run(model, prompt, draft, stop=[want[20][0]], max_new_tokens=30, draft_tokens=4)
+    assert left and got != want[: len(got)]

@@ -80,3 +80,32 @@ def test_offset_refuses_what_does_not_fit(backend: str) -> None:
             ops.offset(a, out=torch.zeros(3))
         with pytest.raises(IndexError):
             ops.offset(a, out=torch.zeros(1, dtype=torch.int64), source_index=torch.tensor([3]))
+
+
+def test_opcheck() -> None:
+    cache = (torch.zeros(3, 2, 8, 4), torch.zeros(3, 2, 8, 4))
+    new = (torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4))
+    starts, rows = torch.tensor([1, 4]), torch.tensor([2, 0])
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fastlm.kv_append.default, (*cache, *new, starts, rows), test_utils=tests)
+    source, out = torch.arange(3), torch.zeros(5, dtype=torch.int64)
+    torch.library.opcheck(
+        torch.ops.fastlm.offset.default, (source, 2, out, None, starts.new_tensor([0, 2, 4])), test_utils=tests
+    )
+
+
+def test_compiles_in_one_graph() -> None:
+    def step(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+        starts = torch.empty_like(lengths)
+        ops.offset(lengths, out=starts)
+        ops.kv_append(keys, values, key, value, starts)
+        ops.offset(starts, key.shape[2], out=lengths)
+        return keys.sum(dim=(1, 2, 3))
+
+    key, value = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4)
+    found = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        keys, values, lengths = torch.zeros(2, 2, 8, 4), torch.zeros(2, 2, 8, 4), torch.tensor([1, 4])
+        found.append((function(keys, values, key, value, lengths), keys, values, lengths))
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0][3].tolist() == [4, 7]

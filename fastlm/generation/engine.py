@@ -1,0 +1,372 @@
+"""Continuous batching: requests join a running batch as rows of the state get free, and leave it as they end.
+
+A request's prompt is read when it joins. From then on it takes part in decode steps, which are recorded once for each
+size of batch (`capture`) and replayed natively; the tensors of `Lanes` say whose rows they are. Where a step cannot be
+recorded, it runs op by op. While a single request is active, its tokens can be guessed ahead (`speculative`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastlm.generation.capture import Captured, CaptureError, Refused
+from fastlm.generation.draft import Draft, PromptLookup
+from fastlm.generation.lanes import Lanes, Request, dense_bias
+from fastlm.generation.params import SamplingParams, as_ids
+from fastlm.generation.speculative import Pace
+from fastlm.kernels import native
+from fastlm.models.base import CausalLM
+from fastlm.nn.state import KVCache
+from fastlm.ops import offset
+from fastlm.ops.registry import choosing
+
+__all__ = ["Engine", "FinishReason", "Token"]
+
+FinishReason = Literal["stop", "length", "context"]
+"""A stop token or stop string; max_new_tokens reached; the model's context is full."""
+
+_PREFILL_CHUNK = 512  # tokens a prompt advances at a time: bounds the activations of a long prompt
+_WORTH_REUSING = 16  # tokens that two prompts share, below which copying them is no gain
+
+
+@dataclass(frozen=True)
+class Token:
+    """One sampled token of one request."""
+
+    row: int
+    id: int
+    logprob: float | None
+    finish: FinishReason | None
+
+
+@dataclass
+class _Recording:
+    """A step for one size of batch: its tensors, what was recorded, and whom the tensors were filled with last."""
+
+    lanes: Lanes
+    captured: Captured | None = None
+    logits: Tensor | None = None
+    requests: tuple[Request, ...] = ()
+
+
+class Engine:
+    """Generates for requests that come and go.
+
+    Prompts are read one by one and decoding uses kernels whose rows do not see each other, so a request's tokens do not
+    depend on what else is active, nor on when it came.
+
+    Args:
+        model: a causal language model, in eval mode. Its parameters must not change while it generates.
+        rows: requests that can be active at once; others wait.
+        max_length: tokens a request can hold, prompt included; None: the model's context.
+        stop_ids: tokens that end a request; they are returned as its last token.
+        capture: record the decode steps and replay them where that is possible; False runs every step op by op.
+        reuse_prefixes: do not read again what a prompt shares with the beginning of another request, active or past.
+            The numbers then come from another division of the prompt into products, whose last bits can differ.
+
+    Raises:
+        ValueError: `rows` or `max_length` is out of range.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        rows: int,
+        max_length: int | None = None,
+        stop_ids: Collection[int] = (),
+        capture: bool = True,
+        reuse_prefixes: bool = False,
+    ) -> None:
+        self._model = model
+        self._state = model.make_state(rows, max_length)
+        self._max_length = self._state.max_length or max_length
+        self._stop_ids = frozenset(int(token) for token in stop_ids)
+        self._reuse = reuse_prefixes and isinstance(self._state, KVCache)
+        self._held: list[list[int]] = [[] for _ in range(rows)]  # what each row of the state has read
+        self._free = list(range(rows))
+        self._waiting: deque[Request] = deque()
+        self._active: list[Request] = []
+        self._count = 0
+        self._recordings: dict[tuple[int, int, bool, bool], _Recording] = {}
+        self._current: _Recording | None = None  # the one whose tensors hold the requests' present state
+        self._pace = Pace()
+        self._why_not_captured: str | None = None if capture else "capture=False"
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Numbers of the requests that have not ended, those that wait among them."""
+        return tuple(request.number for request in (*self._active, *self._waiting))
+
+    @property
+    def why_not_captured(self) -> str | None:
+        """Why steps run op by op; None where they are replayed, or none has been tried yet."""
+        return self._why_not_captured
+
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, *, sequence: int = 0, draft: Draft | None = None
+    ) -> int:
+        """Queues a request; it joins with the next `step` for which a row is free.
+
+        Args:
+            prompt: token ids, at least one.
+            params: its options.
+            sequence: of its random numbers: requests of the same prompt and seed draw differently by it.
+            draft: guesses `params.draft_tokens` tokens ahead while it is alone; default: prompt lookup.
+
+        Returns:
+            The request's number, counted from 0.
+
+        Raises:
+            ValueError: the prompt is empty or too long, or `params.logit_bias` names a token that does not exist.
+        """
+        ids = as_ids([prompt])[0]
+        if self._max_length is not None and len(ids) > self._max_length:
+            raise ValueError(
+                f"prompt {self._count} has {len(ids)} tokens, but the context holds {self._max_length}: shorten it"
+            )
+        params = params.with_seed()
+        bias = dense_bias(params.logit_bias, self._model.config.vocab_size)
+        if draft is None and params.draft_tokens:
+            draft = PromptLookup()
+        self._waiting.append(Request(self._count, ids, params, sequence, bias, draft))
+        self._count += 1
+        return self._count - 1
+
+    def cancel(self, number: int) -> None:
+        """Ends a request from outside: it takes no part in further steps."""
+        for request in [r for r in self._active if r.number == number]:
+            self._leave(request)
+        self._waiting = deque(request for request in self._waiting if request.number != number)
+
+    @torch.inference_mode()
+    def step(self, ahead: int = 1) -> list[Token]:
+        """Samples the next token of every request, those that can join now included.
+
+        Args:
+            ahead: take up to so many steps at once, where nothing ends a request before.
+
+        Returns:
+            A token for each request in the order of `active`, step after step; nothing when all have ended.
+        """
+        running = list(self._active)
+        joined = []
+        while self._waiting and self._free:
+            joined.append(self._join(self._waiting.popleft()))
+        tokens: list[Token] = []
+        if running:
+            for at, (ids, logits) in enumerate(self._advance(running, 1 if joined or self._waiting else ahead)):
+                if at and len(running) != len(ids):
+                    break
+                tokens += self._accept(running, ids, logits)
+        for request, token, logits in joined:
+            tokens += self._accept([request], [token], logits)
+        return tokens
+
+    def _join(self, request: Request) -> tuple[Request, int, Tensor]:
+        """Reads the prompt, and samples its first token."""
+        slot, known = self._row_for(request.ids)
+        self._free.remove(slot)
+        request.slot = slot
+        state = self._state.row(slot)
+        state.reset()
+        state.lengths.fill_(known)
+        ids = torch.tensor([request.ids[known:]], dtype=torch.int64, device=self._model.device)
+        for chunk in ids.split(_PREFILL_CHUNK, dim=1):
+            hidden = self._model.hidden(chunk, state)
+        logits = self._model.head(hidden[:, -1:])[:, -1]
+        recording = self._place([request], 1)
+        recording.lanes.fill([request], self._stop_ids)
+        self._current = None
+        token = int(recording.lanes.sample(logits))
+        self._active.append(request)
+        return request, token, logits
+
+    def _row_for(self, prompt: list[int]) -> tuple[int, int]:
+        """A free row of the state, and how many of the prompt's tokens it holds already."""
+        if not self._reuse:
+            return self._free[0], 0
+        assert isinstance(self._state, KVCache)
+        for request in self._active:
+            self._held[request.slot] = request.ids[:-1]
+        # The last token has to be read in any case, for its logits.
+        shared = [_shared(held, prompt[:-1]) for held in self._held]
+        target = max(self._free, key=lambda row: (shared[row], -len(self._held[row]), -row))
+        source = max(range(len(shared)), key=lambda row: shared[row])
+        count = max(shared)
+        if count < _WORTH_REUSING:
+            return target, 0
+        if shared[target] < count:
+            for tensor in (*self._state.keys, *self._state.values):
+                tensor[target, :, :count] = tensor[source, :, :count]
+        return target, count
+
+    def _leave(self, request: Request) -> None:
+        self._active.remove(request)
+        self._held[request.slot] = request.ids[:-1]
+        self._free.append(request.slot)
+        self._free.sort()
+
+    def _advance(self, running: list[Request], ahead: int) -> list[tuple[list[int], Tensor]]:
+        """One or more steps of these requests: the tokens, and the logits [B, V] behind them."""
+        if len(running) == 1 and running[0].draft is not None and isinstance(self._state, KVCache):
+            guessed = self._guess(running[0])
+            if guessed:
+                return guessed
+            ahead = min(ahead, max(1, self._pace.waiting))
+        recording = self._recording(running, 1)
+        if recording.captured is None:
+            self._record(recording)
+            assert recording.logits is not None
+            return [(recording.lanes.tokens.tolist(), recording.logits)]
+        assert recording.logits is not None
+        limit = min(ahead, *(self._steps_left(request) for request in running))
+        if any(request.params.logprobs for request in running):
+            limit = 1
+        start = time.perf_counter()
+        try:
+            steps = recording.captured.run(limit, self._stop_ids)
+        except Refused:
+            self._current = None
+            recording.lanes.sample(recording.logits)  # says what is wrong with the logits
+            raise
+        self._pace.plain(time.perf_counter() - start, len(steps))
+        return [(ids, recording.logits) for ids in steps]
+
+    def _guess(self, request: Request) -> list[tuple[list[int], Tensor]]:
+        """Guessed tokens that proved right and the one after them; nothing where a plain step is the better choice."""
+        count = request.params.draft_tokens
+        if self._pace.waiting or self._steps_left(request) < count + 1 or self._why_not_captured is not None:
+            return []
+        assert request.draft is not None
+        guesses = request.draft.propose(request.ids, count)[:count]
+        if not guesses:
+            return []
+        start = time.perf_counter()
+        recording = self._recording([request], count + 1, guesses)
+        first = recording.captured is None
+        if first:
+            self._record(recording)
+            tokens: list[int] = recording.lanes.tokens.tolist()
+        else:
+            assert recording.captured is not None
+            tokens = recording.captured.run(1)[0]
+        right = 0
+        while right < len(guesses) and tokens[right] == guesses[right] and tokens[right] not in self._stop_ids:
+            right += 1
+        # The step has appended the last token and all guesses; what follows a wrong one is forgotten.
+        self._state.lengths[request.slot] -= count - right
+        self._current = None
+        if not first:  # recording is slower than replaying
+            self._pace.guessed(time.perf_counter() - start, right + 1)
+        assert recording.logits is not None
+        return [([token], recording.logits[at : at + 1]) for at, token in enumerate(tokens[: right + 1])]
+
+    def _place(self, requests: list[Request], width: int) -> _Recording:
+        penalised = any(request.params.penalised for request in requests)
+        biased = any(request.bias is not None or request.params.min_new_tokens for request in requests)
+        key = (len(requests), width, penalised, biased)
+        if key not in self._recordings:
+            history = 0
+            if penalised:
+                longest = max(len(r.ids) + r.params.max_new_tokens for r in requests) + width
+                history = longest if self._max_length is None else self._max_length + width
+            self._recordings[key] = _Recording(
+                Lanes(
+                    len(requests),
+                    width,
+                    history=history,
+                    biased=self._model.config.vocab_size if biased else 0,
+                    device=self._model.device,
+                )
+            )
+        return self._recordings[key]
+
+    def _recording(self, requests: list[Request], width: int, guesses: Sequence[int] = ()) -> _Recording:
+        """The step for these requests, its tensors filled with their state."""
+        recording = self._place(requests, width)
+        if self._current is not recording or recording.requests != tuple(requests):
+            recording.lanes.fill(requests, self._stop_ids, guesses)
+            recording.requests = tuple(requests)
+            self._current = recording
+        return recording
+
+    def _record(self, recording: _Recording) -> None:
+        """Runs a step, and records it if it can be."""
+
+        def step() -> Tensor:
+            lanes = recording.lanes
+            logits = self._model.head(self._model.hidden(lanes.ids, self._state, lanes.index)).flatten(0, 1)
+            tokens = lanes.sample(logits)
+            offset(tokens, out=lanes.tokens)
+            if lanes.width == 1:
+                lanes.feed(tokens)
+            return logits
+
+        if self._why_not_captured is None:
+            self._why_not_captured = self._obstacle()
+        if self._why_not_captured is None:
+            restore = self._state.snapshot()
+            try:
+                recording.captured = Captured(step, recording.lanes.tokens)
+                recording.logits = recording.captured.result
+                return
+            except CaptureError as error:
+                self._why_not_captured = str(error)
+                restore()
+        recording.logits = step()
+
+    def _obstacle(self) -> str | None:
+        if native.CPU.module is None:
+            return native.CPU.error
+        if self._model.device.type != "cpu":
+            return f"the model is on {self._model.device}"
+        return None if choosing() else "a backend is forced"
+
+    def _steps_left(self, request: Request) -> int:
+        """Steps before something must be looked at: at least 1."""
+        limit = request.params.max_new_tokens - request.generated
+        if request.early:
+            limit = request.params.min_new_tokens - request.generated
+        return limit if self._max_length is None else min(limit, self._max_length + 1 - len(request.ids))
+
+    def _accept(self, requests: list[Request], ids: list[int], logits: Tensor) -> list[Token]:
+        logprobs: list[float] | None = None
+        if any(request.params.logprobs for request in requests):
+            chosen = torch.tensor(ids, device=logits.device)[:, None]
+            logprobs = logits.float().log_softmax(dim=-1).gather(1, chosen)[:, 0].tolist()
+        tokens = []
+        for at, (request, token) in enumerate(zip(list(requests), ids, strict=True)):
+            was_early = request.early
+            request.ids.append(token)
+            finish: FinishReason | None = None
+            if token in self._stop_ids:
+                finish = "stop"
+            elif request.generated >= request.params.max_new_tokens:
+                finish = "length"
+            elif self._max_length is not None and len(request.ids) > self._max_length:
+                finish = "context"
+            logprob = logprobs[at] if logprobs is not None and request.params.logprobs else None
+            tokens.append(Token(request.number, token, logprob, finish))
+            if finish is not None:
+                self._leave(request)
+            elif was_early and not request.early:
+                self._current = None  # stop tokens are allowed now
+        return tokens
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the common beginning."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count

@@ -1,0 +1,153 @@
+"""The requests that are decoded together, as tensors that a decode step reads and updates in place.
+
+A recorded step keeps the addresses of these tensors, so one recording serves whatever requests they are filled with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastlm import ops
+from fastlm.generation.draft import Draft
+from fastlm.generation.params import SamplingParams
+
+__all__ = ["Lanes", "Request", "dense_bias"]
+
+_REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence being generated.
+
+    Attributes:
+        number: what its tokens carry as `Token.row`.
+        ids: the prompt and what has been generated.
+        params: with the seed filled in.
+        sequence: of its random numbers.
+        bias: [V] or None, what `params.logit_bias` says.
+        slot: its row of the state; -1 while it waits.
+    """
+
+    number: int
+    ids: list[int]
+    params: SamplingParams
+    sequence: int
+    bias: Tensor | None
+    draft: Draft | None = None
+    slot: int = -1
+    prompt_length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.ids)
+
+    @property
+    def generated(self) -> int:
+        """New tokens so far."""
+        return len(self.ids) - self.prompt_length
+
+    @property
+    def early(self) -> bool:
+        """Whether stop tokens are out of the question yet."""
+        return self.generated < self.params.min_new_tokens
+
+
+class Lanes:
+    """Room for `count` requests, each with `width` tokens a step: its last one and guesses.
+
+    Attributes:
+        ids: int64 [count, width], the tokens to read, on the model's device. All others are on the CPU.
+        index: int64 [count], the requests' rows of the state.
+        tokens: int64 [count * width], what the last step sampled.
+
+    Args:
+        history: tokens to make room for where the sampler wants them; 0: none.
+        biased: whether logits have biases, and of how many tokens; 0: none.
+    """
+
+    def __init__(self, count: int, width: int, *, history: int, biased: int, device: torch.device) -> None:
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int64)
+
+        places = count * width
+        self.width = width
+        self.ids = integers(count, width).to(device)
+        self.index, self.tokens = integers(count), integers(places)
+        self._positions, self._ends, self._prompts = (integers(places) for _ in range(3))
+        self._top_k, self._seeds, self._sequences = (integers(places) for _ in range(3))
+        self._reals = {name: torch.zeros(places, dtype=torch.float64) for name in _REALS}
+        self._history = integers(count, history) if history else None
+        self._bias = torch.zeros(places, biased) if biased else None
+
+    def fill(self, requests: Sequence[Request], stop_ids: Collection[int], guesses: Sequence[int] = ()) -> None:
+        """Takes these requests' state over; guesses (of a single request) are padded with its last token."""
+        width = self.width
+        for lane, request in enumerate(requests):
+            last, length, params = request.ids[-1], len(request.ids), request.params
+            row = [last, *guesses, *[last] * (width - 1 - len(guesses))]
+            self.ids[lane] = torch.tensor(row, device=self.ids.device)
+            self.index[lane] = request.slot
+            places = slice(lane * width, (lane + 1) * width)
+            self._positions[places] = torch.arange(length, length + width)
+            self._prompts[places] = request.prompt_length
+            self._top_k[places] = params.top_k
+            self._seeds[places] = _signed(params.seed or 0)
+            self._sequences[places] = _signed(request.sequence)
+            for name, values in self._reals.items():
+                values[places] = getattr(params, name)
+            if self._history is not None:
+                longest = self._history.shape[1]
+                known = [*request.ids, *row[1:]]
+                self._history[lane, : len(known)] = torch.tensor(known)
+                self._ends[places] = torch.arange(length, length + width) + lane * longest
+            if self._bias is not None:
+                self._bias[places] = 0.0 if request.bias is None else request.bias
+                if request.early:
+                    self._bias[places, sorted(stop_ids)] = -torch.inf
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """A token behind each token read: logits [count * width, V] to int64 [count * width]."""
+        history: dict[str, Tensor] = {}
+        if self._history is not None:
+            # All guesses of a request see one history, each up to its own position.
+            one = self._history if self.width == 1 else self._history.expand(self.width, -1)
+            history = {"history": one, "history_lengths": self._positions, "prompt_lengths": self._prompts}
+        return ops.sample(
+            logits,
+            top_k=self._top_k,
+            seed=self._seeds,
+            sequence=self._sequences,
+            position=self._positions,
+            logit_bias=self._bias,
+            **self._reals,
+            **history,
+        )
+
+    def feed(self, tokens: Tensor) -> None:
+        """With `width` 1: makes the sampled tokens the next to be read."""
+        ops.offset(tokens, out=self.ids.view(-1))
+        if self._history is not None:
+            ops.offset(self.tokens, out=self._history.view(-1), out_index=self._ends)
+            ops.offset(self._ends, 1, out=self._ends)
+        ops.offset(self._positions, 1, out=self._positions)
+
+
+def _signed(number: int) -> int:
+    """64 bits as int64 has them."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def dense_bias(bias: Mapping[int, float] | None, vocab_size: int) -> Tensor | None:
+    """The biases as a tensor [vocab_size]. ValueError: a token is outside the vocabulary."""
+    if not bias:
+        return None
+    outside = [token for token in bias if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"logit_bias: token {outside[0]} is outside the vocabulary of {vocab_size}")
+    dense = torch.zeros(vocab_size)
+    dense[list(bias)] = torch.tensor(list(bias.values()))
+    return dense

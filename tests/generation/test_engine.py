@@ -1,0 +1,159 @@
+"""Continuous batching: whoever else is there, and whenever a request comes, its tokens are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastlm.generation import Engine, SamplingParams
+from fastlm.models.base import CausalLM
+from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.models.llama import Llama, LlamaConfig
+from fastlm.models.recurrent import LSTMLM, RecurrentConfig
+
+VOCAB = 97
+SIZES = {"num_layers": 2, "num_heads": 4, "hidden_size": 32}
+MODELS: dict[str, Callable[[], CausalLM]] = {
+    "gpt": lambda: GPT(GPTConfig(vocab_size=VOCAB, context_length=64, **SIZES)),
+    "llama": lambda: Llama(
+        LlamaConfig(vocab_size=VOCAB, context_length=64, num_kv_heads=2, intermediate_size=48, **SIZES)
+    ),
+    "lstm": lambda: LSTMLM(RecurrentConfig(vocab_size=VOCAB, embedding_size=24, hidden_size=32, num_layers=2)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> CausalLM:
+    torch.manual_seed(5)
+    made = MODELS[request.param]().eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return made
+
+
+# Prompt, options: different ones, so that a lane's options can't be another's.
+REQUESTS: list[tuple[list[int], dict[str, object]]] = [
+    ([1, 2, 3], {"max_new_tokens": 17, "seed": 1}),
+    ([7], {"max_new_tokens": 5, "temperature": 0}),
+    ([5, 4, 3, 2, 1], {"max_new_tokens": 11, "seed": 2, "top_p": 0.8, "repetition_penalty": 1.5}),
+    ([3] * 20, {"max_new_tokens": 9, "seed": 3, "top_k": 5, "logit_bias": {8: 4.0}}),
+    ([11, 12], {"max_new_tokens": 13, "seed": 4, "min_new_tokens": 8, "temperature": 2.0}),
+    ([11, 12], {"max_new_tokens": 6, "seed": 4, "frequency_penalty": 0.7, "logprobs": True}),
+    ([1, 2, 3, 1, 2, 3], {"max_new_tokens": 20, "seed": 5, "draft_tokens": 3, "temperature": 0}),
+]
+STOPS = (13, 57, 80)
+
+
+Tokens = list[tuple[int, float | None, str | None]]
+
+
+def _collect(engine: Engine, arrivals: list[int], ahead: int = 1) -> dict[int, Tokens]:
+    """Submits request n before step arrivals[n], runs until all have ended, and sorts the tokens by request."""
+    rows: dict[int, Tokens] = {}
+    number, step = 0, 0
+    while number < len(arrivals) or engine.active:
+        while number < len(arrivals) and arrivals[number] <= step:
+            prompt, options = REQUESTS[number]
+            assert engine.submit(prompt, SamplingParams.of(**options)) == number
+            number += 1
+        for token in engine.step(ahead):
+            rows.setdefault(token.row, []).append((token.id, token.logprob, token.finish))
+        step += 1
+    return rows
+
+
+@pytest.fixture
+def alone(model: CausalLM) -> list[Tokens]:
+    """Each request's tokens, had it the model to itself and every step run op by op."""
+    found = []
+    for prompt, options in REQUESTS:
+        engine = Engine(model, rows=1, max_length=48, stop_ids=STOPS, capture=False)
+        engine.submit(prompt, SamplingParams.of(**options))
+        tokens = []
+        while engine.active:
+            tokens += [(t.id, t.logprob, t.finish) for t in engine.step()]
+        found.append(tokens)
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    "arrivals", [[0] * 7, [0, 0, 3, 4, 4, 9, 15], [0, 6, 12, 18, 24, 30, 36]], ids=["together", "mixed", "one by one"]
+)
+@pytest.mark.parametrize("ahead", [1, 5])
+def test_requests_do_not_notice_each_other(
+    model: CausalLM, alone: list[object], rows: int, arrivals: list[int], ahead: int
+) -> None:
+    engine = Engine(model, rows=rows, max_length=48, stop_ids=STOPS)
+    found = _collect(engine, arrivals, ahead)
+    assert engine.why_not_captured is None
+    assert [found[number] for number in range(len(REQUESTS))] == alone
+    assert not engine.active and engine.step() == []
+
+
+def test_recordings_are_used_again(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    record = Engine._record
+    monkeypatch.setattr(Engine, "_record", lambda self, what: (made.append(what), record(self, what))[1])
+    engine = Engine(model, rows=2, max_length=48)
+    for number in range(6):
+        engine.submit([number + 1, 2], SamplingParams(max_new_tokens=4 + number, seed=number))
+    while engine.active:
+        engine.step()
+    assert len(made) == len({id(what) for what in made}) <= 2
+
+
+def test_a_cancelled_request_makes_room(model: CausalLM) -> None:
+    engine = Engine(model, rows=1, max_length=48)
+    first, second = (engine.submit([5, 6], SamplingParams(max_new_tokens=9, seed=1)) for _ in range(2))
+    want = [token.id for token in engine.step()]
+    assert engine.active == (first, second)
+    engine.cancel(first)
+    assert engine.active == (second,)
+    assert [token.id for token in engine.step()] == want  # the row's past is gone
+    third = engine.submit([5], SamplingParams(max_new_tokens=1))
+    engine.cancel(third)
+    assert engine.active == (second,)
+
+
+def test_bad_requests_are_refused_and_the_others_go_on(model: CausalLM) -> None:
+    engine = Engine(model, rows=2, max_length=20)
+    engine.submit([1, 2], SamplingParams(max_new_tokens=3, seed=1))
+    with pytest.raises(ValueError, match="prompt 1 has 21 tokens, but the context holds 20"):
+        engine.submit([1] * 21, SamplingParams())
+    with pytest.raises(ValueError, match="is empty"):
+        engine.submit([], SamplingParams())
+    with pytest.raises(ValueError, match=f"token {VOCAB} is outside the vocabulary"):
+        engine.submit([1], SamplingParams(logit_bias={VOCAB: 1.0}))
+    count = 0
+    while engine.active:
+        count += len(engine.step())
+    assert count == 3
+
+
+def test_shared_beginnings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    model = MODELS["llama"]().eval()
+    read: list[int] = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, *rest: (read.append(ids.shape[1]), hidden(ids, *rest))[1])
+    system = list(range(20, 50))
+    prompts = [[*system, 1, 2], [*system, 3], [*system, 1, 2, 4, 5], [9] * 5]
+    texts = []
+    for reuse in (False, True):
+        engine = Engine(model, rows=2, max_length=60, reuse_prefixes=reuse, capture=False)
+        read.clear()
+        found: dict[int, list[int]] = {}
+        for prompt in prompts:
+            engine.submit(prompt, SamplingParams(max_new_tokens=6, temperature=0))
+        while engine.active:
+            for token in engine.step():
+                found.setdefault(token.row, []).append(token.id)
+        texts.append(found)
+        prefills = [count for count in read if count > 1]
+        assert prefills == ([32, 31, 34, 5] if not reuse else [32, 2, 5])
+    assert texts[0] == texts[1]
