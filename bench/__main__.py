@@ -42,6 +42,7 @@ _SUITES: dict[str, tuple[str, ...]] = {
         "attention_decode",
         "lstm_step",
         "lstm",
+        "lookup",
         "dropin",
         "training_memory",
     ),

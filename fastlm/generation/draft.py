@@ -29,6 +29,8 @@ class Draft(Protocol):
 class PromptLookup:
     """Guesses that the text goes on as it did after the last place that looks like its end.
 
+    As many tokens are guessed as agree before that place: the longer the likeness, the farther it is trusted.
+
     Args:
         match: how many tokens must agree for a place to look like the end; of several places the one whose tokens
             before agree longest counts, the latest of equals.
@@ -52,8 +54,8 @@ class PromptLookup:
         places = self._places.get(tuple(ids[-self._match :]), [])[-self._MOST_PLACES :]
         if not places:
             return []
-        place = max(places, key=lambda at: (self._agreement(ids, at), at))
-        return list(ids[place : place + count])
+        agreement, place = max((self._agreement(ids, at), at) for at in places)
+        return list(ids[place : place + min(count, agreement)])
 
     def _agreement(self, ids: Sequence[int], place: int) -> int:
         """How many tokens before `place` agree with those before the end, up to a limit."""

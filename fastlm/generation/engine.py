@@ -247,11 +247,12 @@ class Engine:
             return []
         assert request.draft is not None
         guesses = request.draft.propose(request.ids, count)[:count]
-        if not guesses:
+        first = self._place([request], count + 1).captured is None
+        # Recording costs several steps, which takes a promising guess to be worth it.
+        if not guesses or (first and len(guesses) < count):
             return []
         start = time.perf_counter()
         recording = self._recording([request], count + 1, guesses)
-        first = recording.captured is None
         if first:
             self._record(recording)
             tokens: list[int] = recording.lanes.tokens.tolist()

@@ -11,7 +11,7 @@ class Pace:
     After a guess that did not pay there is a pause, twice as long each time; one that paid ends the caution.
     """
 
-    _FIRST_PAUSE = 32
+    _FIRST_PAUSE = 8
 
     def __init__(self) -> None:
         self._plain = 0.0  # seconds a token, the smallest seen: what a step costs when nothing disturbs it
