@@ -185,8 +185,8 @@ struct Case {
 }  // namespace
 
 FASTLM_TEST(attention_agrees_with_the_formula) {
-  for (int64_t dim : {1, 3, 16, 40, 256})
-    for (int64_t queries : {1, 5, 130}) {
+  for (int64_t dim : {1, 3, 16, 40})
+    for (int64_t queries : {1, 5, 40}) {  // with three heads in a group, blocks of rows begin within and after
       Case c(6, 2, queries, 200, dim, dim == 40 ? 17 : dim);
       CHECK(c.error() < 1e-5);
       c.a.window = 100;
@@ -196,8 +196,9 @@ FASTLM_TEST(attention_agrees_with_the_formula) {
       c.masked(dim % 2 ? AttentionMask::kBool : AttentionMask::kAdditive);
       CHECK(c.error() < 1e-5);
     }
-  Case blind(2, 1, 20, 3, 8, 8);
+  Case blind(2, 1, 20, 3, 8, 8), wide(2, 2, 3, 7, 256, 256);
   CHECK(blind.error() < 1e-5);
+  CHECK(wide.error() < 1e-5);
 }
 
 FASTLM_TEST(attention_comparison_finds_a_wrong_formula) {
@@ -213,9 +214,9 @@ FASTLM_TEST(attention_comparison_finds_a_wrong_formula) {
 }
 
 FASTLM_TEST(attention_gradients_agree_with_differences) {
-  for (int64_t dim : {3, 16, 40})
-    for (int64_t queries : {1, 130}) {
-      Case c(6, 2, queries, 200, dim, dim == 40 ? 17 : dim);
+  for (int64_t dim : {3, 16, 18})
+    for (int64_t queries : {1, 40}) {
+      Case c(6, 2, queries, 200, dim, dim == 18 ? 5 : dim);
       CHECK(c.gradient_error() < 2e-2);
       c.a.window = 100;
       c.a.softcap = dim == 16 ? 2.0f : 0.0f;
@@ -227,7 +228,7 @@ FASTLM_TEST(attention_gradients_agree_with_differences) {
 }
 
 FASTLM_TEST(attention_threads_change_no_bit) {
-  Case c(6, 2, 200, 200, 24, 24);
+  Case c(6, 2, 70, 200, 24, 24);
   c.run();
   const std::vector<float> expected = c.output;
   for (int threads : {1, 3, 16}) {

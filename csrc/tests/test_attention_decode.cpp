@@ -112,7 +112,7 @@ struct Case {
 }  // namespace
 
 FASTLM_TEST(attention_decode_agrees_with_the_formula) {
-  for (int64_t dim : {1, 3, 7, 8, 17, 64, 80, 256})
+  for (int64_t dim : {1, 7, 17, 64})
     for (int64_t tokens : {1, 3, 33})
       for (int64_t window : {kNoWindow, int64_t{1}, int64_t{100}, int64_t{256}}) {
         Case c(6, 2, tokens, dim, 300, {300, 35, 257});
@@ -121,6 +121,8 @@ FASTLM_TEST(attention_decode_agrees_with_the_formula) {
         if (tokens == 3) c.a.softcap = 2.0f;
         CHECK(c.error() < 2e-5);
       }
+  Case wide(2, 1, 1, 256, 70, {70});
+  CHECK(wide.error() < 2e-5);
 }
 
 FASTLM_TEST(attention_decode_comparison_finds_a_wrong_formula) {
