@@ -15,6 +15,7 @@ from fastlm.cli.evaluate import evaluate
 from fastlm.cli.generate import generate
 from fastlm.cli.info import info
 from fastlm.cli.pull import pull
+from fastlm.cli.quantize import quantize
 from fastlm.cli.train import train
 
 __all__ = ["app", "main"]
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, generate, chat, pull, info):
+for command in (demo, train, generate, chat, pull, quantize, info):
     app.command()(command)
 app.command("eval")(evaluate)
 

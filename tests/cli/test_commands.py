@@ -35,7 +35,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_every_command(fastlm_command: Command) -> None:
     outcome = fastlm_command("--help")
     assert outcome.code == 0
-    for name in ("demo", "train", "generate", "chat", "eval", "pull", "info"):
+    for name in ("demo", "train", "generate", "chat", "eval", "pull", "quantize", "info"):
         assert name in outcome.out
         assert fastlm_command(name, "--help").code == 0
 
@@ -138,3 +138,20 @@ def test_demo_does_not_touch_a_folder_that_is_not_its_own(fastlm_command: Comman
     outcome = fastlm_command("demo", "--out", str(tmp_path))
     assert outcome.code == 1
     assert (tmp_path / "lstm" / "precious.txt").read_text() == "keep"
+
+
+def test_quantize_prints_both_perplexities(fastlm_command: Command, tmp_path: Path) -> None:
+    from gguf_files import llama, write
+
+    source, target = write(tmp_path / "a.gguf", llama(), tokenizer=True), tmp_path / "b.gguf"
+    (tmp_path / "text.txt").write_text("the other day in the north " * 20)
+    options = ("--kind", "Q4_1", "--data", str(tmp_path / "text.txt"), "--max-tokens", "200")
+    outcome = fastlm_command("quantize", str(source), str(target), *options)
+    assert outcome.code == 0, outcome.err
+    before, after = outcome.out.splitlines()
+    sizes, perplexities = zip(
+        *((float(line.split()[1]), float(line.split()[-1])) for line in (before, after)), strict=True
+    )
+    assert sizes[1] < sizes[0] and target.stat().st_size < source.stat().st_size / 2
+    assert perplexities[0] != perplexities[1]
+    assert fastlm_command("quantize", str(source), str(source)).code == 1
