@@ -6,54 +6,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_models import TINY, VOCAB, llama, spread
 from torch import Tensor
 
 from fastlm import ops
 from fastlm.generation import Decoder, SamplingParams
 from fastlm.generation.capture import Captured, CaptureError
 from fastlm.models.base import CausalLM
-from fastlm.models.gpt import GPT, GPTConfig
 from fastlm.models.llama import Llama, LlamaConfig
-from fastlm.models.recurrent import LSTMLM, RNNLM, RecurrentConfig
 
-VOCAB = 97
 PROMPTS = [[1, 2, 3], [7], [5, 4, 3, 2, 1, 0, 9, 8, 7, 6], [3] * 20, [11, 12]]
 
 
-def _gpt() -> CausalLM:
-    return GPT(GPTConfig(vocab_size=VOCAB, context_length=64, num_layers=2, num_heads=4, hidden_size=32))
-
-
-def _llama(**options: object) -> CausalLM:
-    sizes = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "hidden_size": 32, "intermediate_size": 48}
-    return Llama(LlamaConfig(vocab_size=VOCAB, context_length=64, **{**sizes, **options}))
-
-
-def _lstm() -> CausalLM:
-    return LSTMLM(RecurrentConfig(vocab_size=VOCAB, embedding_size=24, hidden_size=32, num_layers=2))
-
-
-MODELS: dict[str, Callable[[], CausalLM]] = {
-    "gpt": _gpt,
-    "llama": _llama,
-    "llama-window-interleaved": lambda: _llama(window=6, rope_interleaved=True, qkv_bias=True, tie_embeddings=True),
-    "lstm": _lstm,
-    "gru": lambda: RNNLM(
-        RecurrentConfig(vocab_size=VOCAB, embedding_size=24, hidden_size=24, num_layers=2, cell="gru")
-    ),
-}
-
-
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=TINY)
 def model(request: pytest.FixtureRequest) -> CausalLM:
-    """A random model whose logits are spread enough for tokens to vary."""
-    torch.manual_seed(5)
-    made = MODELS[request.param]().eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return made
+    return spread(TINY[request.param])
 
 
 Tokens = list[tuple[int, int, float | None, str | None]]
@@ -110,7 +77,7 @@ def test_stop_tokens_wait_for_min_new_tokens(model: CausalLM) -> None:
 
 def test_a_full_context_ends_a_replay() -> None:
     torch.manual_seed(5)
-    model = _llama().eval()
+    model = llama().eval()
     prompts = [[1] * 58, [2] * 50]
     want, _ = _run(model, prompts, 1, False, max_new_tokens=40)
     got, _ = _run(model, prompts, 40, True, max_new_tokens=40)
@@ -140,7 +107,7 @@ def test_quantised_weights_are_replayed(isa: str) -> None:
     from fastlm.nn.linear import QuantizedLinear
 
     torch.manual_seed(5)
-    model = _llama(hidden_size=64, intermediate_size=96).eval()
+    model = llama(hidden_size=64, intermediate_size=96).eval()
     for layer in model.layers:
         for parent, name in [(layer.attention, n) for n in ("query", "key", "value", "output")] + [
             (layer.mlp, n) for n in ("gate", "up", "down")
@@ -168,7 +135,7 @@ def test_what_cannot_be_recorded_runs_op_by_op() -> None:
     got, decoder = _run(model, PROMPTS, 4, True, max_new_tokens=9)
     assert got == want and decoder.why_not_captured is not None and "aten.mul" in decoder.why_not_captured
     with ops.backend("reference"):
-        assert _run(_llama().eval(), PROMPTS, 4, True, max_new_tokens=3)[1].why_not_captured == "a backend is forced"
+        assert _run(llama().eval(), PROMPTS, 4, True, max_new_tokens=3)[1].why_not_captured == "a backend is forced"
 
 
 def test_a_kernel_that_cannot_be_replayed_says_so() -> None:
@@ -183,7 +150,7 @@ def test_a_kernel_that_cannot_be_replayed_says_so() -> None:
 
 def test_nan_logits_in_the_middle_of_a_replay_are_an_error() -> None:
     torch.manual_seed(5)
-    model = _llama().eval()
+    model = llama().eval()
     decoder = Decoder(model, PROMPTS[:2], SamplingParams(max_new_tokens=30, seed=1))
     decoder.step(), decoder.step()
     with torch.no_grad():

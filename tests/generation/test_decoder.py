@@ -6,49 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_models import TINY, VOCAB, gpt, lstm, spread
 
 from fastlm import ops
 from fastlm.generation import Decoder, LanguageModel, SamplingParams
 from fastlm.models.base import CausalLM
-from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.models.llama import Llama, LlamaConfig
-from fastlm.models.recurrent import LSTMLM, RecurrentConfig
-
-VOCAB = 97
 
 
-def _gpt() -> CausalLM:
-    return GPT(GPTConfig(vocab_size=VOCAB, context_length=64, num_layers=2, num_heads=4, hidden_size=32))
-
-
-def _llama() -> CausalLM:
-    return Llama(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            context_length=64,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            hidden_size=32,
-            intermediate_size=48,
-        )
-    )
-
-
-def _lstm() -> CausalLM:
-    return LSTMLM(RecurrentConfig(vocab_size=VOCAB, embedding_size=24, hidden_size=32, num_layers=2))
-
-
-@pytest.fixture(params=[_gpt, _llama, _lstm])
+@pytest.fixture(params=["gpt", "llama", "lstm"])
 def model(request: pytest.FixtureRequest) -> CausalLM:
-    """A random model whose logits are spread enough for greedy choices to be clear."""
-    torch.manual_seed(5)
-    made: CausalLM = request.param().eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return made
+    return spread(TINY[request.param])
 
 
 def _ids(model: CausalLM, prompts: list[list[int]], **options: object) -> list[list[int]]:
@@ -140,7 +107,7 @@ def test_logprobs_are_the_models(model: CausalLM) -> None:
 
 
 def test_a_full_context_ends_the_row() -> None:
-    decoder = Decoder(_gpt(), [[1] * 60, [1] * 3], SamplingParams(max_new_tokens=30, seed=0))
+    decoder = Decoder(gpt(), [[1] * 60, [1] * 3], SamplingParams(max_new_tokens=30, seed=0))
     finish: dict[int, str | None] = {}
     count = [0, 0]
     while decoder.active:
@@ -162,7 +129,7 @@ def test_a_full_context_ends_the_row() -> None:
 )
 def test_bad_prompts(prompts: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _ids(_gpt(), prompts, max_new_tokens=2)
+        _ids(gpt(), prompts, max_new_tokens=2)
 
 
 def test_nan_weights_are_an_error_not_a_token(model: CausalLM) -> None:
@@ -176,7 +143,7 @@ def test_nan_weights_are_an_error_not_a_token(model: CausalLM) -> None:
 def test_the_batch_test_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With draws that depend on the place in the batch, or that repeat, the tests above turn red."""
     torch.manual_seed(5)
-    model = _lstm().eval()
+    model = lstm().eval()
     sample: Callable[..., torch.Tensor] = ops.sample
 
     def wrong(logits: torch.Tensor, **options: object) -> torch.Tensor:

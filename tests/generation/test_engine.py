@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-import torch
+from tiny_models import TINY, VOCAB, spread
 
 from fastlm.generation import Engine, SamplingParams
 from fastlm.models.base import CausalLM
-from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.models.llama import Llama, LlamaConfig
-from fastlm.models.recurrent import LSTMLM, RecurrentConfig
-
-VOCAB = 97
-SIZES = {"num_layers": 2, "num_heads": 4, "hidden_size": 32}
-MODELS: dict[str, Callable[[], CausalLM]] = {
-    "gpt": lambda: GPT(GPTConfig(vocab_size=VOCAB, context_length=64, **SIZES)),
-    "llama": lambda: Llama(
-        LlamaConfig(vocab_size=VOCAB, context_length=64, num_kv_heads=2, intermediate_size=48, **SIZES)
-    ),
-    "lstm": lambda: LSTMLM(RecurrentConfig(vocab_size=VOCAB, embedding_size=24, hidden_size=32, num_layers=2)),
-}
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=["gpt", "llama", "lstm"])
 def model(request: pytest.FixtureRequest) -> CausalLM:
-    torch.manual_seed(5)
-    made = MODELS[request.param]().eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return made
+    return spread(TINY[request.param])
 
 
 # Prompt, options: different ones, so that a lane's options can't be another's.
@@ -136,8 +115,7 @@ def test_bad_requests_are_refused_and_the_others_go_on(model: CausalLM) -> None:
 
 
 def test_shared_beginnings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(5)
-    model = MODELS["llama"]().eval()
+    model = spread(TINY["llama"])
     read: list[int] = []
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, *rest: (read.append(ids.shape[1]), hidden(ids, *rest))[1])

@@ -6,37 +6,18 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from tiny_models import VOCAB, gpt, llama, lstm, spread
 
 from fastlm.generation import Decoder, SamplingParams
 from fastlm.generation.draft import Draft, PromptLookup
 from fastlm.generation.params import MOST_DRAFTS
 from fastlm.generation.speculative import Pace
 from fastlm.models.base import CausalLM
-from fastlm.models.gpt import GPT, GPTConfig
-from fastlm.models.llama import Llama, LlamaConfig
-from fastlm.models.recurrent import LSTMLM, RecurrentConfig
-
-VOCAB = 97
 
 
-def _gpt() -> CausalLM:
-    return GPT(GPTConfig(vocab_size=VOCAB, context_length=64, num_layers=2, num_heads=4, hidden_size=32))
-
-
-def _llama() -> CausalLM:
-    sizes = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "hidden_size": 32, "intermediate_size": 48}
-    return Llama(LlamaConfig(vocab_size=VOCAB, context_length=64, window=9, **sizes))
-
-
-@pytest.fixture(params=[_gpt, _llama])
+@pytest.fixture(params=[gpt, lambda: llama(window=9)], ids=["gpt", "llama-window"])
 def model(request: pytest.FixtureRequest) -> CausalLM:
-    torch.manual_seed(5)
-    made: CausalLM = request.param().eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return made
+    return spread(request.param)
 
 
 class Oracle:
@@ -118,14 +99,15 @@ def test_the_context_can_be_filled_to_the_end(model: CausalLM) -> None:
 
 
 def test_batches_and_recurrent_models_do_without() -> None:
-    torch.manual_seed(5)
-    lstm = LSTMLM(RecurrentConfig(vocab_size=VOCAB, embedding_size=24, hidden_size=32, num_layers=2)).eval()
-    want = _run(lstm, [1, 2, 1, 2, 1, 2], max_new_tokens=12)
-    assert _run(lstm, [1, 2, 1, 2, 1, 2], max_new_tokens=12, draft_tokens=3) == want
-    llama = _llama().eval()
+    recurrent = spread(lstm)
+    want = _run(recurrent, [1, 2, 1, 2, 1, 2], max_new_tokens=12)
+    assert _run(recurrent, [1, 2, 1, 2, 1, 2], max_new_tokens=12, draft_tokens=3) == want
+    transformer = llama().eval()
     both = []
     for count in (0, 3):
-        decoder = Decoder(llama, [[1, 2, 1, 2], [3]], SamplingParams.of(max_new_tokens=9, draft_tokens=count, seed=1))
+        decoder = Decoder(
+            transformer, [[1, 2, 1, 2], [3]], SamplingParams.of(max_new_tokens=9, draft_tokens=count, seed=1)
+        )
         tokens = []
         while decoder.active:
             tokens += decoder.step()
