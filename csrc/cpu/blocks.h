@@ -41,6 +41,7 @@ FASTLM_INLINE vf from_half(vi words) {
   return as_float(((special & (magnitude | 0x7f800000)) | (~special & as_int(finite))) | sign);
 }
 
+// kLanes halves, and kLanes numbers of bfloat16.
 FASTLM_INLINE vf load_halves(const uint8_t* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps(load_as<__m256i>(p));

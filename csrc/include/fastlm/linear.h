@@ -66,7 +66,7 @@ struct LinearArgs {
 // weight alone: neither `rows`, `count` nor `threads` changes a bit of it.
 void linear(const LinearArgs& args);
 
-// Rows of a weight are interleaved by as many as the active level has lanes (fastlm/math.h: simd_lanes), so that one
+// Rows of a weight are interleaved by as many as the active level has lanes (fastlm/isa.h: simd_lanes), so that one
 // load has the same columns of all of them: blocks of 32 columns follow each other, each with its rows' scales, their
 // minima (Q4_1), and then their codes, 4 bytes of each row in turn. Missing rows at the end are zeros.
 constexpr int64_t interleaved_bytes(WeightKind kind, int64_t outputs, int64_t columns, int lanes) {
