@@ -142,9 +142,27 @@ static float softmax(const AttentionDecode& a, const Query& query, int64_t base,
   return top;
 }
 
+// A chunk's keys or values: row j - base is that of position j.
+struct ChunkRows {
+  const float* data;
+  int64_t stride;
+};
+
+// The positions [low, high) of a chunk: where they are, or, of bfloat16, a copy in floats.
+static ChunkRows chunk_rows(const AttentionDecode& a, const void* cache, const int64_t* stride, int64_t row,
+                            int64_t kv_head, int64_t base, Visible seen, float* copy) {
+  const int64_t at = row * stride[0] + kv_head * stride[1] + base * stride[2];
+  if (!a.bfloats) return {static_cast<const float*>(cache) + at, stride[2]};
+  for (int64_t j = seen.low - base; j < seen.high - base; ++j) {
+    const uint16_t* from = static_cast<const uint16_t*>(cache) + at + j * stride[2];
+    for (int64_t d = 0; d < a.dim; ++d) copy[j * a.dim + d] = float_of(static_cast<uint32_t>(from[d]) << 16);
+  }
+  return {copy, a.dim};
+}
+
 // One chunk for up to kRows of the queries that share a key/value head.
-static void attend(const AttentionDecode& a, const Query* queries, int count, int64_t base, const float* keys,
-                   const float* values, float* const* partials) {
+static void attend(const AttentionDecode& a, const Query* queries, int count, int64_t base, ChunkRows keys,
+                   ChunkRows values, float* const* partials) {
   const int dim = static_cast<int>(a.dim);
   alignas(64) float scores[kRows][kChunk];
   int64_t low = base + kChunk, high = base;
@@ -156,7 +174,7 @@ static void attend(const AttentionDecode& a, const Query* queries, int count, in
   for (int64_t block = (low - base) / kLanes * kLanes; block < high - base; block += kLanes) {
     const float* key[kLanes];
     for (int l = 0; l < kLanes; ++l)
-      key[l] = keys + larger(low, smaller(base + block + l, high - 1)) * a.key_stride[2];
+      key[l] = keys.data + (larger(low, smaller(base + block + l, high - 1)) - base) * keys.stride;
     for (int i = 0; i < count; ++i) store(&scores[i][block], dots(queries[i].vector, key, dim));
   }
   alignas(64) float sums[kRows][kMaxDim];
@@ -171,8 +189,8 @@ static void attend(const AttentionDecode& a, const Query* queries, int count, in
     for (int i = 0; i < count; ++i) {
       const int64_t from = larger(j, queries[i].keys.low), to = smaller(j + kKeysInL1, queries[i].keys.high);
       if (from < to)
-        add_values(sums[i], &scores[i][from - base], values + from * a.value_stride[2], a.value_stride[2], to - from,
-                   dim);
+        add_values(sums[i], &scores[i][from - base], values.data + (from - base) * values.stride, values.stride,
+                   to - from, dim);
     }
   }
   for (int i = 0; i < count; ++i) std::memcpy(partials[i], sums[i], sizeof(float) * a.dim);
@@ -183,8 +201,11 @@ static void run_task(const Pass& pass, int64_t b, int64_t kv_head, int64_t chunk
   const int64_t row = a.rows != nullptr ? a.rows[b] : b;
   const int64_t base = (pass.first_chunk(b) + chunk) * kChunk;
   const int64_t group = a.heads / a.kv_heads;
-  const float* keys = a.key + row * a.key_stride[0] + kv_head * a.key_stride[1];
-  const float* values = a.value + row * a.value_stride[0] + kv_head * a.value_stride[1];
+  const Visible seen = {larger(visible(a, b, pass.first).low, base),
+                        smaller(visible(a, b, pass.first + pass.tokens - 1).high, base + kChunk)};
+  alignas(64) float key_copy[kChunk * kMaxDim], value_copy[kChunk * kMaxDim];  // touched for bfloat16 alone
+  const ChunkRows keys = chunk_rows(a, a.key, a.key_stride, row, kv_head, base, seen, key_copy);
+  const ChunkRows values = chunk_rows(a, a.value, a.value_stride, row, kv_head, base, seen, value_copy);
   alignas(64) float vectors[kRows][kMaxDim];
   Query queries[kRows];
   float* partials[kRows];
@@ -194,12 +215,12 @@ static void run_task(const Pass& pass, int64_t b, int64_t kv_head, int64_t chunk
     for (int i = 0; i < count; ++i) {
       const int64_t head = kv_head * group + (start + i) / pass.tokens, token = (start + i) % pass.tokens;
       const int64_t position = a.lengths[b] - a.tokens + pass.first + token;
-      const Visible seen = visible(a, b, pass.first + token);
+      const Visible own = visible(a, b, pass.first + token);
       const float* source =
           a.query + b * a.query_stride[0] + head * a.query_stride[1] + (pass.first + token) * a.query_stride[2];
       for (int64_t d = 0; d < a.dim; ++d) vectors[i][d] = source[d] * a.scale;
       for (int64_t d = a.dim; d % kLanes != 0; ++d) vectors[i][d] = 0.0f;
-      queries[i] = {vectors[i], position, {larger(seen.low, base), smaller(seen.high, base + kChunk)},
+      queries[i] = {vectors[i], position, {larger(own.low, base), smaller(own.high, base + kChunk)},
                     a.slopes != nullptr ? a.slopes[b * a.slopes_stride + head] : 0.0f};
       partials[i] = pass.partial_of(b, head, token, chunk);
     }

@@ -17,8 +17,8 @@ void copy_strides(int64_t (&to)[3], const Sizes& from, const char* name) {
   for (int i = 0; i < 3; ++i) to[i] = from[i];
 }
 
-void run(address query, const Sizes& query_shape, const Sizes& query_stride, address key, const Sizes& key_shape,
-         const Sizes& key_stride, address value, const Sizes& value_stride, address lengths, address rows,
+void run(address query, const Sizes& query_shape, const Sizes& query_stride, bool bfloats, address key,
+         const Sizes& key_shape, const Sizes& key_stride, address value, const Sizes& value_stride, address lengths, address rows,
          address slopes, int64_t slopes_stride, float scale, float softcap, int64_t window, address output,
          int threads) {
   AttentionDecode a = {};
@@ -33,8 +33,9 @@ void run(address query, const Sizes& query_shape, const Sizes& query_stride, add
       a.heads % a.kv_heads != 0)
     throw py::value_error("attention_decode: the shapes of query and key_cache do not fit");
   a.query = pointer<const float>(query);
-  a.key = pointer<const float>(key);
-  a.value = pointer<const float>(value);
+  a.bfloats = bfloats;
+  a.key = pointer<const void>(key);
+  a.value = pointer<const void>(value);
   copy_strides(a.query_stride, query_stride, "query");
   copy_strides(a.key_stride, key_stride, "key_cache");
   copy_strides(a.value_stride, value_stride, "value_cache");

@@ -29,7 +29,7 @@ void copy_strides(int64_t (&to)[3], const Sizes& from, int64_t dim) {
 }
 
 void append(const Sizes& shape, address key, const Sizes& key_stride, address value, const Sizes& value_stride,
-            const Sizes& cache_shape, address keys, const Sizes& keys_stride, address values,
+            const Sizes& cache_shape, bool bfloats, address keys, const Sizes& keys_stride, address values,
             const Sizes& values_stride, address starts, address rows, int threads) {
   KvAppend a = {};
   a.batch = shape[0];
@@ -41,9 +41,10 @@ void append(const Sizes& shape, address key, const Sizes& key_stride, address va
   copy_strides(a.key_stride, key_stride, a.dim);
   a.value = pointer<const float>(value);
   copy_strides(a.value_stride, value_stride, a.dim);
-  a.keys = pointer<float>(keys);
+  a.bfloats = bfloats;
+  a.keys = pointer<void>(keys);
   copy_strides(a.keys_stride, keys_stride, a.dim);
-  a.values = pointer<float>(values);
+  a.values = pointer<void>(values);
   copy_strides(a.values_stride, values_stride, a.dim);
   a.starts = pointer<const int64_t>(starts);
   a.rows = pointer<const int64_t>(rows);

@@ -193,7 +193,8 @@ class KVStep:
         if self.count > _FEW_TOKENS and self._start is not None:
             rows = slice(None) if self._index is None else slice(self.rows[0], self.rows[0] + 1)
             end = self._start + self.count
-            return ops.attention(query, keys[rows, :, :end], values[rows, :, :end], causal=True, window=window)
+            key, value = (t[rows, :, :end].to(query.dtype) for t in (keys, values))
+            return ops.attention(query, key, value, causal=True, window=window)
         return ops.attention_decode(query, keys, values, self.lengths, rows=self._index, window=window)
 
 

@@ -44,7 +44,8 @@ def _torch_run(
     # What lies beyond a row's length may be anything, NaN too, which a weight of 0 would not silence.
     stored = (positions < lengths[:, None])[:, None, :, None]
     key, value = (
-        torch.where(stored, cache[:batch] if rows is None else cache[rows], 0.0) for cache in (key_cache, value_cache)
+        torch.where(stored, cache[:batch] if rows is None else cache[rows], 0.0).to(query.dtype)
+        for cache in (key_cache, value_cache)
     )
     result: Tensor = ATTENTION(query, key, value, False, mask, scale, None, softcap, None, 0.0)
     return result
@@ -108,8 +109,16 @@ def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tenso
     if len(shape) != 4:
         raise ValueError(f"attention_decode: query is {describe(query)}, expected shape [B, H, T, D]")
     batch, heads, _, dim = shape
+    kind = key_cache.dtype
+    dtypes = (dtype, torch.bfloat16) if dtype is torch.float32 else (dtype,)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if cache.shape != cache_shape or len(cache_shape) != 4 or cache_shape[3] != dim or cache.dtype != dtype:
+        if (
+            cache.shape != cache_shape
+            or len(cache_shape) != 4
+            or cache_shape[3] != dim
+            or kind not in dtypes
+            or cache.dtype != kind
+        ):
             raise ValueError(
                 f"attention_decode: {name} is {describe(cache)}, expected {dtype} of shape [R, KVH, S, {dim}], "
                 "the same for keys and values"
@@ -147,7 +156,7 @@ def attention_decode(
 
     Args:
         query: [B, H, T, D], the T newest tokens of each sequence, whose keys and values the cache already holds.
-        key_cache: [R, KVH, S, D], the query's dtype; KVH divides H as in `attention`.
+        key_cache: [R, KVH, S, D], the query's dtype, or bfloat16 for a float32 query; KVH divides H as in `attention`.
         value_cache: like `key_cache`.
         lengths: int64 [B], tokens of each sequence including the T new ones: T <= lengths[b] <= S.
         rows: int64 [B], the cache row of each batch entry; 0, 1, 2, ... if None. A row may appear more than once.

@@ -22,6 +22,8 @@ def _append_why_not(
         return "a gradient is wanted"
     if keys.stride(3) != 1 or values.stride(3) != 1:
         return "the last dimension of a cache is not contiguous"
+    if keys.dtype is torch.bfloat16 and keys.is_cpu and values.is_cpu:  # then the new ones alone have to be float32
+        return opaque_kernel_why_not(native.CPU, key, value)
     return opaque_kernel_why_not(native.CPU, keys, values, key, value)
 
 
@@ -73,6 +75,11 @@ def _(source: Tensor, amount: int, out: Tensor, source_index: Tensor | None, out
     return None
 
 
+def _holds(keys: Tensor, values: Tensor, new: Tensor) -> bool:
+    kind = keys.dtype
+    return values.dtype == kind and (new.dtype == kind or (new.dtype is torch.float32 and kind is torch.bfloat16))
+
+
 def kv_append(
     key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, starts: Tensor, *, rows: Tensor | None = None
 ) -> None:
@@ -80,7 +87,7 @@ def kv_append(
 
     Args:
         key_cache: [R, KVH, S, D]; value_cache alike.
-        key: [B, KVH, T, D] of the cache's dtype; value alike.
+        key: [B, KVH, T, D] of the cache's dtype, or float32 for a bfloat16 cache, rounded to nearest; value alike.
         starts: int64 [B], contiguous: the position of each sequence's first new token, starts[b] + T <= S.
         rows: int64 [B], contiguous, all different: the cache row of each batch entry; 0, 1, 2, ... if None.
 
@@ -89,10 +96,15 @@ def kv_append(
     """
     shape, cache_shape = key.shape, key_cache.shape
     for name, new, cache in (("key", key, key_cache), ("value", value, value_cache)):
-        if len(shape) != 4 or new.shape != shape or cache.shape != cache_shape or new.dtype != cache.dtype:
+        if (
+            len(shape) != 4
+            or new.shape != shape
+            or cache.shape != cache_shape
+            or not _holds(key_cache, value_cache, new)
+        ):
             raise ValueError(
-                f"kv_append: {name} is {describe(new)}, its cache {describe(cache)}; expected one dtype, "
-                "[B, KVH, T, D] and [R, KVH, S, D], the same for keys and values"
+                f"kv_append: {name} is {describe(new)}, its cache {describe(cache)}; expected one dtype "
+                "(or float32 for a bfloat16 cache), [B, KVH, T, D] and [R, KVH, S, D], the same for keys and values"
             )
     if (shape[1], shape[3]) != (cache_shape[1], cache_shape[3]):
         raise ValueError(f"kv_append: key is {describe(key)}, which does not fit a cache of {list(cache_shape)}")

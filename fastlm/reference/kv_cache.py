@@ -13,8 +13,8 @@ def kv_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: 
     batch, _, tokens, _ = key.shape
     row = (torch.arange(batch, device=starts.device) if rows is None else rows)[:, None]
     place = starts[:, None] + torch.arange(tokens, device=starts.device)
-    keys[row, :, place] = key.transpose(1, 2)
-    values[row, :, place] = value.transpose(1, 2)
+    keys[row, :, place] = key.transpose(1, 2).to(keys.dtype)
+    values[row, :, place] = value.transpose(1, 2).to(values.dtype)
 
 
 def offset(

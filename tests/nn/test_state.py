@@ -126,3 +126,20 @@ def test_recurrent_state_cuts_the_gradient() -> None:
     h.sum().backward()
     assert weight.grad is not None and weight.grad.tolist() == [2.0, 2.0]
     assert state.h[0].tolist() == [[2.0, 2.0]] and not state.h[0].requires_grad
+
+
+@pytest.mark.parametrize("counts", [[40, 1, 1], [5, 30, 1]])
+def test_a_bfloat16_cache_attends_to_rounded_keys_and_values(counts: list[int]) -> None:
+    half = KVCache.allocate(1, 80, num_layers=1, num_kv_heads=2, head_dim=16, dtype=torch.bfloat16)
+    full = KVCache.allocate(1, 80, num_layers=1, num_kv_heads=2, head_dim=16)
+    assert half.nbytes * 2 == full.nbytes
+    for count in counts:
+        query, (key, value) = torch.randn(1, 4, count, 16), torch.randn(2, 1, 2, count, 16)
+        found = []
+        for cache, new in ((half, (key, value)), (full, (key.bfloat16().float(), value.bfloat16().float()))):
+            step = cache.step(1, count)
+            step.append(0, *new)
+            found.append(step.attend(0, query))
+            cache.advance(count)
+        assert torch.equal(*found)
+        assert not torch.equal(found[0], torch.zeros_like(found[0]))

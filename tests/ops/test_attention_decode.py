@@ -316,3 +316,34 @@ def test_compiles_in_one_graph() -> None:
         torch.testing.assert_close(
             compiled(*tensors, lengths, rows=rows), ops.attention_decode(*tensors, lengths, rows=rows)
         )
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_bfloat16_cache_is_read_as_the_floats_it_stands_for(isa: str, window: int | None) -> None:
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        for dim in (3, 64, 100):
+            keys, values = (torch.full((3, 2, 300, dim), torch.nan, dtype=torch.bfloat16) for _ in range(2))
+            lengths = torch.tensor([300, 65, 3])
+            for row, length in enumerate(lengths.tolist()):
+                keys[row, :, :length], values[row, :, :length] = torch.randn(2, 2, length, dim)
+            query = torch.randn(3, 6, 3, dim)
+            found = ops.attention_decode(query, keys, values, lengths, window=window)
+            assert torch.equal(found, ops.attention_decode(query, keys.float(), values.float(), lengths, window=window))
+            with ops.backend("reference"):
+                torch.testing.assert_close(
+                    found, ops.attention_decode(query, keys, values, lengths, window=window), rtol=1e-4, atol=1e-5
+                )
+            # What the comparison must notice: keys taken for others, and values rounded once more.
+            other = ops.attention_decode(query, keys.roll(1, 1), values, lengths, window=window)
+            assert not torch.allclose(found, other, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_caches_of_two_dtypes_are_refused() -> None:
+    keys = torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="value_cache is float32"):
+        ops.attention_decode(torch.zeros(1, 1, 1, 8), keys, keys.float(), torch.tensor([1]))
+    with pytest.raises(ValueError, match="key is float64"):
+        ops.kv_append(keys, keys, torch.zeros(1, 1, 1, 8).double(), torch.zeros(1, 1, 1, 8).double(), torch.tensor([0]))

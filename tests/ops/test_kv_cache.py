@@ -109,3 +109,15 @@ def test_compiles_in_one_graph() -> None:
         found.append((function(keys, values, key, value, lengths), keys, values, lengths))
     torch.testing.assert_close(found[1], found[0])
     assert found[0][3].tolist() == [4, 7]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_bfloat16_cache_rounds_as_torch_does(backend: str) -> None:
+    bits = torch.randint(-(2**31), 2**31, (1, 2, 500, 8), dtype=torch.int64).to(torch.int32)
+    new = bits.view(torch.float32)  # every kind of float, NaN among them
+    new[0, 0, 0] = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, 3.4e38, 1e-45, 1.00390625, 1.01171875])
+    keys, values = (torch.zeros(1, 2, 500, 8, dtype=torch.bfloat16) for _ in range(2))
+    with ops.backend(backend):
+        ops.kv_append(keys, values, new, new.flip(2), torch.tensor([0]))
+    torch.testing.assert_close(keys, new.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(values, new.flip(2).bfloat16(), rtol=0, atol=0, equal_nan=True)

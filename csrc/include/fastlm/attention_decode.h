@@ -17,9 +17,10 @@ struct AttentionDecode {
   int64_t cache_rows, positions;                // shape of the caches
   const float* query;                           // [batch, heads, tokens, dim]
   int64_t query_stride[3];
-  const float* key;  // [cache_rows, kv_heads, positions, dim]; positions from a row's length on are not read
+  bool bfloats;                                 // keys and values are bfloat16, else float
+  const void* key;  // [cache_rows, kv_heads, positions, dim]; positions from a row's length on are not read
   int64_t key_stride[3];
-  const float* value;  // as key; may be the same memory
+  const void* value;  // as key; may be the same memory
   int64_t value_stride[3];
   const int64_t* lengths;  // [batch], tokens of each sequence, the new ones counted in: tokens <= lengths[b] <= positions
   const int64_t* rows;     // [batch], each entry's cache row; null: b

@@ -26,8 +26,8 @@ def why_not(
     """What the kernel can't do. Shapes and dtypes agree among each other already."""
     if native.CPU.module is None:
         return native.CPU.error
-    if query.dtype != torch.float32:
-        return f"the query is {query.dtype}, the kernel float32"
+    if query.dtype != torch.float32 or key_cache.dtype not in (torch.float32, torch.bfloat16):
+        return f"the query is {query.dtype}, the cache {key_cache.dtype}; the kernel takes float32, and bfloat16 caches"
     for tensor in (query, key_cache, value_cache, lengths, rows, alibi_slopes):
         if tensor is not None and not tensor.is_cpu:
             return f"a tensor is on {tensor.device}"
@@ -69,6 +69,7 @@ def attention_decode(
         query.data_ptr(),
         query.shape,
         query.stride(),
+        key_cache.dtype is torch.bfloat16,
         key_cache.data_ptr(),
         key_cache.shape,
         key_cache.stride(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastlm.kernels import native
@@ -56,7 +57,7 @@ def offset(
 
 
 def kv_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: Tensor, rows: Tensor | None) -> None:
-    """Writes float32 key, value [B, KVH, T, D] to caches [R, KVH, S, D] at positions starts[b]; see `ops.kv_append`."""
+    """Writes float32 key, value [B, KVH, T, D] to float32 or bfloat16 caches [R, KVH, S, D]; see `ops.kv_append`."""
     key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
     native.CPU.require().kv_append(
         key.shape,
@@ -65,6 +66,7 @@ def kv_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: 
         value.data_ptr(),
         value.stride(),
         keys.shape,
+        keys.dtype is torch.bfloat16,
         keys.data_ptr(),
         keys.stride(),
         values.data_ptr(),
