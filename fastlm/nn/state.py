@@ -14,16 +14,12 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.kernels import native
+from fastlm.reference.linear import FEW_TOKENS
 
 __all__ = ["KVCache", "KVStep", "RecurrentState", "Rows"]
 
 Rows: TypeAlias = Sequence[int] | Tensor | None
 """Which rows of a state a batch's entries belong to: distinct indices, or None for all of them in order."""
-
-
-_FEW_TOKENS = 16
-"""Up to so many new tokens are read by the kernel for one, whose results do not depend on how many they are: tokens
-guessed ahead are then judged by the very numbers that they would have had one by one."""
 
 
 def _row_list(rows: Rows, available: int) -> list[int]:
@@ -174,7 +170,7 @@ class KVStep:
 
     def positions(self) -> Tensor:
         """Where the new tokens stand: int64 [batch, count]."""
-        if len(self.rows) == 1 and self.count <= _FEW_TOKENS:
+        if len(self.rows) == 1 and self.count <= FEW_TOKENS:
             places = self.starts.new_empty(1, self.count)
             for t in range(self.count):
                 ops.offset(self.starts, t, out=places[0, t : t + 1])
@@ -190,7 +186,9 @@ class KVStep:
     def attend(self, layer: int, query: Tensor, window: int | None = None) -> Tensor:
         """Causal attention of query [batch, heads, count, head_dim] over the layer's keys, new ones included."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.count > _FEW_TOKENS and self._start is not None:
+        # Few tokens go to the kernel for one, whose results do not depend on how many they are: tokens guessed ahead are
+        # then judged by the very numbers that they would have had one by one.
+        if self.count > FEW_TOKENS and self._start is not None:
             rows = slice(None) if self._index is None else slice(self.rows[0], self.rows[0] + 1)
             end = self._start + self.count
             key, value = (t[rows, :, :end].to(query.dtype) for t in (keys, values))
