@@ -28,7 +28,7 @@ class Decoder:
         draft: guesses `params.draft_tokens` tokens ahead of a single row; default: prompt lookup.
 
     Raises:
-        ValueError: a prompt is empty, or leaves no room in the model's context.
+        ValueError: a prompt is empty, has ids outside the vocabulary, or leaves no room in the model's context.
     """
 
     def __init__(

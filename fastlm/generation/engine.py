@@ -125,15 +125,20 @@ class Engine:
             The request's number, counted from 0.
 
         Raises:
-            ValueError: the prompt is empty or too long, or `params.logit_bias` names a token that does not exist.
+            ValueError: the prompt is empty or too long, or it or `params.logit_bias` names a token that does not exist.
         """
         ids = as_ids([prompt])[0]
         if self._max_length is not None and len(ids) > self._max_length:
             raise ValueError(
                 f"prompt {self._count} has {len(ids)} tokens, but the context holds {self._max_length}: shorten it"
             )
+        # Now, and not when it joins: that is the others' step too.
+        vocab_size = self._model.config.vocab_size
+        outside = [token for token in ids if not 0 <= token < vocab_size]
+        if outside:
+            raise ValueError(f"prompt {self._count}: id {outside[0]} is outside the vocabulary of {vocab_size}")
         params = params.with_seed()
-        bias = dense_bias(params.logit_bias, self._model.config.vocab_size)
+        bias = dense_bias(params.logit_bias, vocab_size)
         if draft is None and params.draft_tokens:
             draft = PromptLookup()
         self._waiting.append(Request(self._count, ids, params, sequence, bias, draft))
@@ -162,9 +167,7 @@ class Engine:
             joined.append(self._join(self._waiting.popleft()))
         tokens: list[Token] = []
         if running:
-            for at, (ids, logits) in enumerate(self._advance(running, 1 if joined or self._waiting else ahead)):
-                if at and len(running) != len(ids):
-                    break
+            for ids, logits in self._advance(running, 1 if joined or self._waiting else ahead):
                 tokens += self._accept(running, ids, logits)
         for request, token, logits in joined:
             tokens += self._accept([request], [token], logits)

@@ -106,6 +106,9 @@ def test_bad_requests_are_refused_and_the_others_go_on(model: CausalLM) -> None:
         engine.submit([1] * 21, SamplingParams())
     with pytest.raises(ValueError, match="is empty"):
         engine.submit([], SamplingParams())
+    for wrong in (VOCAB, -1):
+        with pytest.raises(ValueError, match=f"prompt 1: id {wrong} is outside the vocabulary of {VOCAB}"):
+            engine.submit([1, wrong], SamplingParams())
     with pytest.raises(ValueError, match=f"token {VOCAB} is outside the vocabulary"):
         engine.submit([1], SamplingParams(logit_bias={VOCAB: 1.0}))
     count = 0
