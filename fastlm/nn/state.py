@@ -186,8 +186,8 @@ class KVStep:
     def attend(self, layer: int, query: Tensor, window: int | None = None) -> Tensor:
         """Causal attention of query [batch, heads, count, head_dim] over the layer's keys, new ones included."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        # Few tokens go to the kernel for one, whose results do not depend on how many they are: tokens guessed ahead are
-        # then judged by the very numbers that they would have had one by one.
+        # Few tokens go to the kernel for one, whose results do not depend on how many they are: tokens guessed ahead
+        # are then judged by the very numbers that they would have had one by one.
         if self.count > FEW_TOKENS and self._start is not None:
             rows = slice(None) if self._index is None else slice(self.rows[0], self.rows[0] + 1)
             end = self._start + self.count
