@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. Imported only when a call may use them: triton is optional."""
