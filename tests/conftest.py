@@ -12,6 +12,12 @@ from hypothesis import settings
 
 from fastlm.kernels import native
 
+# Whether Triton's kernels run compiled or in its interpreter is decided as they are decorated, those of its own library
+# at its first import, which transformers or torch.compile may be. So it is decided here, for the whole process.
+# Compiling ahead of time wants a process of its own, without this variable.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A change is judged by the same examples each time; whoever works on the code gets fresh ones with every run.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

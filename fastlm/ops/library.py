@@ -6,7 +6,10 @@ where `tracing()` is true.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,9 +19,19 @@ from torch.nn import Parameter
 
 from fastlm.kernels import native
 from fastlm.ops.checks import describe
-from fastlm.ops.registry import choosing
+from fastlm.ops.registry import choosing, forced_backend
 
-__all__ = ["autograd_by_reference", "needs_grad", "opaque_kernel_why_not", "tracing", "undisturbed"]
+__all__ = [
+    "autograd_by_reference",
+    "needs_grad",
+    "opaque_kernel_why_not",
+    "tracing",
+    "triton_kernel",
+    "triton_why_not",
+    "undisturbed",
+]
+
+_TRITON = find_spec("triton") is not None
 
 
 def tracing() -> bool:
@@ -41,6 +54,38 @@ def opaque_kernel_why_not(module: native.NativeModule, *tensors: Tensor | None) 
         ):
             return f"a {type(tensor).__name__} of {describe(tensor)}: the kernel takes plain float32 on the CPU"
     return _transform()
+
+
+def triton_why_not(*tensors: Tensor | None) -> str | None:
+    """Why a Triton kernel, of which autograd sees nothing, can't take these tensors; None where it can.
+
+    They have to be on one CUDA (or ROCm) device. On a CPU kernels run in Triton's interpreter, thousands of times
+    slower: for tests, where TRITON_INTERPRET=1 and `backend("triton")` ask for it.
+    """
+    if not _TRITON:
+        return "triton is not installed (pip install fastlm[gpu])"
+    device = next(t.device for t in tensors if t is not None)
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            return f"tensors are on {device} and {tensor.device}"
+    if device.type == "cpu" and forced_backend() == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return _transform()
+    if device.type != "cuda":
+        return f"a tensor is on {device}" if torch.cuda.is_available() else "there is no CUDA device"
+    return _transform()
+
+
+def triton_kernel(module: str, name: str) -> Callable[..., Any]:
+    """The launcher `name` of fastlm.kernels.triton.`module`, imported by its first call: triton is optional."""
+    launcher: Callable[..., Any] | None = None
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal launcher
+        if launcher is None:
+            launcher = getattr(import_module(f"fastlm.kernels.triton.{module}"), name)
+        return launcher(*args, **kwargs)
+
+    return run
 
 
 def undisturbed() -> bool:

@@ -1,0 +1,69 @@
+"""Runs this folder on the GPU where there is one (then its tests are marked `gpu`), else in Triton's interpreter.
+
+The interpreter computes with numpy, which has no bfloat16 or float8: it multiplies the bit patterns of bfloat16 as
+integers, and rounds conversions in ways of its own. Both are mended here, with torch's conversions, so that the kernels
+need no special case.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE == "cuda":
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker("gpu")
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the tests' tensors are."""
+    return DEVICE
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _mended_interpreter() -> Iterator[None]:
+    try:
+        import numpy as np
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:  # the modules of this folder skip themselves
+        yield
+        return
+    names = {
+        tl.bfloat16: torch.bfloat16,
+        tl.float16: torch.float16,
+        tl.float32: torch.float32,
+        tl.float8e4nv: torch.float8_e4m3fn,
+        tl.float8e5: torch.float8_e5m2,
+    }
+    holders = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+    builder = interpreter.InterpreterBuilder
+    before = interpreter._convert_float, builder.create_dot
+
+    def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source not in names or target not in names:
+            return before[0](data, source, target, rounding)
+        size = target.primitive_bitwidth // 8
+        values = torch.from_numpy(np.ascontiguousarray(data)).view(names[source]).to(names[target])
+        return values.view(holders[size]).numpy().view(f"uint{8 * size}").reshape(data.shape)
+
+    def dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+        a, b = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+        return before[1](self, a, b, d, precision, imprecise)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", convert)
+        patch.setattr(builder, "create_dot", dot)
+        yield
