@@ -198,40 +198,40 @@ def compare(case: Case, fast: Run, *, floor: float = 1e-6) -> None:
 def faults(layer: Layer) -> dict[str, Layer]:
     """Wrong layers of the kinds a kernel could be: each must be refused by the comparison."""
 
-    def swapped_gates(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool) -> Any:
+    def swapped_gates(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool, *rest: Any) -> Any:
         def swap(w: Tensor | None) -> Tensor | None:
             if w is None:
                 return None
             chunks = list(w.chunk(w.shape[0] // states[-1].shape[-1]))
             return torch.cat([chunks[1], chunks[0], *chunks[2:]])
 
-        w_ih, w_hh, b_ih, b_hh, w_hr = weights
-        return layer(input, sizes, states, type(weights)(swap(w_ih), swap(w_hh), swap(b_ih), swap(b_hh), w_hr), reverse)
+        swapped = type(weights)(*map(swap, weights[:4]), *weights[4:])
+        return layer(input, sizes, states, swapped, reverse, *rest)
 
-    def ignores_reverse(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool) -> Any:
-        return layer(input, sizes, states, weights, False)
+    def ignores_reverse(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool, *rest: Any) -> Any:
+        return layer(input, sizes, states, weights, False, *rest)
 
-    def row_ends_late(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool) -> Any:
+    def row_ends_late(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool, *rest: Any) -> Any:
         # The rows are the same in number, but one that should have ended runs in place of the next step's first.
         late = next(t for t in range(1, len(sizes)) if sizes[t] < sizes[t - 1] and sizes[t] > 1)
         wrong = [*sizes]
         wrong[late] += 1
         wrong[-1] -= 1
-        return layer(input, [s for s in wrong if s], states, weights, reverse)
+        return layer(input, [s for s in wrong if s], states, weights, reverse, *rest)
 
-    def forgets_bias(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool) -> Any:
-        return layer(input, sizes, states, weights._replace(b_hh=weights.b_hh * 0), reverse)
+    def forgets_bias(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool, *rest: Any) -> Any:
+        return layer(input, sizes, states, weights._replace(b_hh=weights.b_hh * 0), reverse, *rest)
 
-    def zeros(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool) -> Any:
-        output, final = layer(input, sizes, states, weights, reverse)
+    def zeros(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool, *rest: Any) -> Any:
+        output, final = layer(input, sizes, states, weights, reverse, *rest)
         return output * 0, tuple(s * 0 for s in final)
 
-    def stale_state(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool) -> Any:
-        output, final = layer(input, sizes, states, weights, reverse)
+    def stale_state(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool, *rest: Any) -> Any:
+        output, final = layer(input, sizes, states, weights, reverse, *rest)
         return output, (*final[:-1], states[-1] + 0 * final[-1])
 
-    def drops_gradient(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool) -> Any:
-        return layer(input, sizes, tuple(s.detach() + 0 * s for s in states), weights, reverse)
+    def drops_gradient(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool, *rest: Any) -> Any:
+        return layer(input, sizes, tuple(s.detach() + 0 * s for s in states), weights, reverse, *rest)
 
     wrong = (swapped_gates, ignores_reverse, row_ends_late, forgets_bias, zeros, stale_state, drops_gradient)
     return {fault.__name__: fault for fault in wrong}

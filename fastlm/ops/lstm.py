@@ -16,7 +16,7 @@ from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_
 from fastlm.ops.recurrent import SequenceOp, check_cell, torch_sequence
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import lstm as reference
-from fastlm.reference.recurrent import States, Weights, sequence
+from fastlm.reference.recurrent import NORMAL, Noise, States, Weights, sequence
 
 __all__ = ["lstm", "lstm_cell"]
 
@@ -77,13 +77,13 @@ class _LayerGradients(torch.autograd.Function):
 
 
 def _cpu_layer(
-    input: Tensor, batch_sizes: list[int], states: States, weights: Weights, reverse: bool
+    input: Tensor, batch_sizes: list[int], states: States, weights: Weights, reverse: bool, noise: Noise = NORMAL
 ) -> tuple[Tensor, States]:
     h0, c0 = states
     if needs_grad(input, h0, c0, *weights):
-        output, h_n, c_n = _Layer.apply(input, batch_sizes, reverse, h0, c0, *weights)
+        output, h_n, c_n = _Layer.apply(input, batch_sizes, reverse, h0, c0, *weights[:5])
     else:
-        output, h_n, c_n, _ = _forward(input, batch_sizes, reverse, h0, c0, weights, save=False)
+        output, h_n, c_n, _ = _forward(input, batch_sizes, reverse, h0, c0, weights[:5], save=False)
     return output, (h_n, c_n)
 
 

@@ -16,7 +16,7 @@ from fastlm.kernels.cpu import recurrent as kernel
 from fastlm.ops.checks import describe, expect_shape
 from fastlm.ops.library import needs_grad, opaque_kernel_why_not, tracing
 from fastlm.ops.registry import Implementation, Op
-from fastlm.reference.recurrent import States, Weights, sequence
+from fastlm.reference.recurrent import Noise, States, Weights, sequence
 
 __all__ = ["SequenceOp", "check_cell", "native_cell", "native_sequence", "native_why_not", "torch_sequence"]
 
@@ -68,7 +68,7 @@ def native_sequence(cell: str) -> Callable[..., tuple[Tensor, States]]:
     """The implementation by our kernel for GRU ("gru") and plain RNN ("tanh", "relu")."""
 
     def layer(
-        input: Tensor, batch_sizes: list[int], states: States, weights: Weights, reverse: bool
+        input: Tensor, batch_sizes: list[int], states: States, weights: Weights, reverse: bool, _: Noise
     ) -> tuple[Tensor, States]:
         output, h_n = kernel.layer_forward(cell, input, batch_sizes, states[0], weights[:4], reverse)
         return output, (h_n,)

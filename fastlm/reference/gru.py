@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from fastlm.reference.recurrent import States, Weights, layer_of, sequence
+from fastlm.reference.recurrent import Noise, States, Weights, layer_of, sequence
 
 __all__ = ["gru", "gru_cell"]
 
@@ -27,7 +27,7 @@ def gru_cell(
     return (1 - z) * n + z * h
 
 
-def _step(input: Tensor, states: States, weights: Weights) -> States:
+def _step(input: Tensor, states: States, weights: Weights, _: Noise) -> States:
     return (gru_cell(input, states[0], *weights[:4]),)
 
 

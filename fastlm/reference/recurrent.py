@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Layer", "States", "Step", "Weights", "layer_of", "sequence", "split_weights"]
+__all__ = ["NORMAL", "Layer", "Noise", "States", "Step", "Weights", "layer_of", "sequence", "split_weights"]
 
 States = tuple[Tensor, ...]
 """The hidden state first ([B, P], what a layer puts out); for an LSTM the cell state ([B, H]) after it."""
@@ -28,23 +28,50 @@ class Weights(NamedTuple):
     b_ih: Tensor | None = None  # [G*H]
     b_hh: Tensor | None = None  # [G*H]
     w_hr: Tensor | None = None  # [P, H], LSTM with projection; without it P = H
+    # LSTM with layer normalisation
+    ln_ih: Tensor | None = None  # [4H], gain of W_ih x
+    ln_hh: Tensor | None = None  # [4H], gain of W_hh h
+    ln_c: Tensor | None = None  # [H], gain of c
+    ln_c_bias: Tensor | None = None  # [H], with the other biases
 
 
-Step = Callable[[Tensor, States, Weights], States]
-"""One step of a cell: (input [B, I], states, weights) -> states."""
+class Noise(NamedTuple):
+    """What one layer in one direction drops or keeps, drawn beforehand; None where it does not."""
 
-Layer = Callable[[Tensor, list[int], States, Weights, bool], tuple[Tensor, States]]
-"""One layer in one direction: (input [N, I], batch_sizes, states, weights, reverse) -> (output [N, P], states)."""
+    dropout: Tensor | None = None  # [B, P]: multiplies h before W_hh, the same at every step
+    # Shares of the old state kept at a step: zeros and ones in training, elsewhere their expectation.
+    zoneout_h: Tensor | None = None  # [N, P]
+    zoneout_c: Tensor | None = None  # [N, H]
+
+    def of_layer(self, position: int) -> Noise:
+        """That of one layer in one direction, where the tensors have those as their first dimension."""
+        return Noise(*(None if t is None else t[position] for t in self))
+
+    def of_step(self, start: int, stop: int) -> Noise:
+        """That of the step with the rows from start to stop, the first ones of the batch."""
+        return Noise(
+            None if self.dropout is None else self.dropout[: stop - start],
+            *(None if t is None else t[start:stop] for t in self[1:]),
+        )
 
 
-def split_weights(weights: Sequence[Tensor], bias: bool, projected: bool) -> list[Weights]:
-    """Torch's flat list (layer 0, layer 0 reverse, layer 1, ...) as one Weights each."""
-    size = 2 + 2 * bias + projected
+NORMAL = Noise()
+
+Step = Callable[[Tensor, States, Weights, Noise], States]
+"""One step of a cell: (input [B, I], states, weights, noise of the step) -> states."""
+
+Layer = Callable[[Tensor, list[int], States, Weights, bool, Noise], tuple[Tensor, States]]
+"""One layer, one direction: (input [N, I], batch_sizes, states, weights, reverse, noise) -> (output [N, P], states)."""
+
+
+def split_weights(weights: Sequence[Tensor], bias: bool, projected: bool, layer_norm: bool = False) -> list[Weights]:
+    """Torch's flat list (layer 0, layer 0 reverse, layer 1, ...) as one Weights each, in the order of its fields."""
+    present = (True, True, bias, bias, projected, layer_norm, layer_norm, layer_norm, layer_norm and bias)
+    size = sum(present)
     groups = []
     for start in range(0, len(weights), size):
-        w_ih, w_hh, *rest = weights[start : start + size]
-        b_ih, b_hh = rest[:2] if bias else (None, None)
-        groups.append(Weights(w_ih, w_hh, b_ih, b_hh, rest[-1] if projected else None))
+        given = iter(weights[start : start + size])
+        groups.append(Weights(*(next(given) if p else None for p in present)))  # type: ignore[arg-type]
     return groups
 
 
@@ -55,13 +82,15 @@ def layer_of(step: Step) -> Layer:
     """
 
     def layer(
-        input: Tensor, batch_sizes: list[int], states: States, weights: Weights, reverse: bool
+        input: Tensor, batch_sizes: list[int], states: States, weights: Weights, reverse: bool, noise: Noise
     ) -> tuple[Tensor, States]:
         starts = list(accumulate(batch_sizes, initial=0))
         outputs = []
         for t in reversed(range(len(batch_sizes))) if reverse else range(len(batch_sizes)):
             running = batch_sizes[t]
-            new = step(input[starts[t] : starts[t + 1]], tuple(s[:running] for s in states), weights)
+            now = tuple(s[:running] for s in states)
+            of_step = noise.of_step(starts[t], starts[t + 1])
+            new = step(input[starts[t] : starts[t + 1]], now, weights, of_step)
             states = tuple(torch.cat([n, s[running:]]) for n, s in zip(new, states, strict=True))
             outputs.append(new[0])
         return torch.cat(outputs[::-1] if reverse else outputs), states
@@ -80,6 +109,8 @@ def sequence(
     batch_first: bool,
     bias: bool,
     dropout: float,
+    layer_norm: bool = False,
+    noise: Noise = NORMAL,
 ) -> tuple[Tensor, States]:
     """Runs `layer` over all layers and directions.
 
@@ -90,6 +121,8 @@ def sequence(
         weights: flat, in the same order.
         batch_sizes: int64 [T] on the CPU, or None.
         dropout: probability with which an element of each layer's output but the last's is zeroed; 0 for inference.
+        layer_norm: whether `weights` has those of layer normalisation.
+        noise: its tensors with a first dimension of layers and directions, as in `states`.
 
     Returns:
         The last layer's output, like `input` with directions * P in the last dimension (forward, then reverse), and
@@ -105,7 +138,8 @@ def sequence(
         input = input.reshape(-1, input.shape[-1])
     else:
         sizes = batch_sizes.tolist()
-    groups = split_weights(weights, bias, projected=len(weights) != num_layers * directions * (2 + 2 * bias))
+    plain = 2 + 2 * bias + (3 + bias) * layer_norm
+    groups = split_weights(weights, bias, len(weights) != num_layers * directions * plain, layer_norm)
     finals: list[States] = []
     for index in range(num_layers):
         if index and dropout:
@@ -113,7 +147,8 @@ def sequence(
         outputs = []
         for direction in range(directions):
             position = index * directions + direction
-            output, final = layer(input, sizes, tuple(s[position] for s in states), groups[position], direction == 1)
+            start = tuple(s[position] for s in states)
+            output, final = layer(input, sizes, start, groups[position], direction == 1, noise.of_layer(position))
             outputs.append(output)
             finals.append(final)
         input = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from fastlm.reference.recurrent import States, Weights, layer_of, sequence
+from fastlm.reference.recurrent import Noise, States, Weights, layer_of, sequence
 
 __all__ = ["rnn", "rnn_cell"]
 
@@ -40,7 +40,7 @@ def rnn(
 ) -> tuple[Tensor, States]:
     """The RNN over a sequence; arguments and results as in `reference.recurrent.sequence`."""
 
-    def step(input: Tensor, states: States, weights: Weights) -> States:
+    def step(input: Tensor, states: States, weights: Weights, _: Noise) -> States:
         return (rnn_cell(input, states[0], *weights[:4], nonlinearity=nonlinearity),)
 
     return sequence(
