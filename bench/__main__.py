@@ -157,6 +157,10 @@ def _parse() -> argparse.Namespace:
 
 def main() -> int:
     """Runs a suite; returns the exit code."""
+    if sys.argv[1:2] == ["gpu-static"]:
+        from bench.gpu import static
+
+        return static.main(sys.argv[2:])
     arguments = _parse()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

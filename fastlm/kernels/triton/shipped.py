@@ -46,3 +46,5 @@ class Shipped:
     divisible_by_16: tuple[str, ...] = ()
     """Arguments that may be taken to be multiples of 16 (pointers, strides), as they are at run time."""
     work: Work = field(default_factory=Work)
+    must_use: tuple[str, ...] = ()
+    """Matrix instructions that it has to use where the target brought them: "wgmma" (sm_90), "tcgen05" (sm_100)."""
