@@ -3,6 +3,7 @@
 from fastlm.ops.activation import gelu, swiglu
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_decode import attention_decode
+from fastlm.ops.attention_paged import attention_paged
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.gru import gru, gru_cell
 from fastlm.ops.kv_cache import kv_append, offset
@@ -21,6 +22,7 @@ __all__ = [
     "QuantizedTensor",
     "attention",
     "attention_decode",
+    "attention_paged",
     "backend",
     "cross_entropy",
     "explain",

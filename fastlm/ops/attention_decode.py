@@ -10,11 +10,11 @@ from torch import Tensor
 from fastlm.kernels.cpu import attention_decode as cpu
 from fastlm.ops.attention import ATTENTION, check_options
 from fastlm.ops.checks import describe
-from fastlm.ops.library import autograd_by_reference, tracing
+from fastlm.ops.library import autograd_by_reference, needs_grad, tracing, triton_kernel, triton_why_not
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import attention_decode as reference
 
-__all__ = ["attention_decode"]
+__all__ = ["attention_decode", "triton_cache_why_not"]
 
 
 def _torch_run(
@@ -57,10 +57,40 @@ def _torch_why_not(query: Tensor, *_: Any) -> str | None:
     return None
 
 
+def triton_cache_why_not(query: Tensor, keys: Tensor, values: Tensor, *others: Tensor | None) -> str | None:
+    """What the Triton decoding kernel can't do; `others` are the call's remaining tensors."""
+    if needs_grad(query, keys, values, *others):
+        return "a gradient is wanted"
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the query is {query.dtype}; the kernel takes float32, float16 and bfloat16"
+    if keys.dtype not in (query.dtype, torch.bfloat16, torch.float8_e4m3fn):
+        return f"the cache is {keys.dtype}; the kernel takes the query's dtype, bfloat16 and float8_e4m3fn"
+    if not 1 <= query.shape[3] <= 256:
+        return f"heads of {query.shape[3]} features, the kernel takes 1 to 256"
+    if keys.stride(3) != 1 or values.stride(3) != 1:
+        return "the last dimension of a cache is not contiguous"
+    return triton_why_not(query, keys, values, *others)
+
+
+def _triton_why_not(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> str | None:
+    return triton_cache_why_not(query, key_cache, value_cache, lengths, rows, alibi_slopes)
+
+
 ATTENTION_DECODE = Op(
     "attention_decode",
     [
         Implementation("cpu", cpu.attention_decode, cpu.why_not),
+        Implementation("triton", triton_kernel("attention_decode", "attention_decode"), _triton_why_not),
         Implementation("torch", _torch_run, _torch_why_not),
         Implementation("reference", reference.attention_decode, always),
     ],

@@ -31,7 +31,8 @@ __all__ = [
     "undisturbed",
 ]
 
-_TRITON = find_spec("triton") is not None
+# A folder of that name on the path, such as tests/triton, would be a namespace without an origin.
+_TRITON = getattr(find_spec("triton"), "origin", None) is not None
 
 
 def tracing() -> bool:

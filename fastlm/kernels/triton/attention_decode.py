@@ -1,0 +1,497 @@
+"""Attention of a few new tokens per sequence to a key-value cache, contiguous or paged: split keys, then combine.
+
+Flash-decoding (Dao et al., 2023, https://pytorch.org/blog/flash-decoding): with few queries there are too few pairs of
+sequence and head to fill a GPU, so each sequence's keys are cut into chunks that programs take separately. A program
+leaves its chunk's largest score m, the sum l of exp2(score - m) and the values weighted by it; a second kernel merges
+them: with M = max m, output = sum(2^(m - M) acc) / sum(2^(m - M) l).
+
+The queries that share a key/value head are rows of one tile, tokens x group: keys and values are read once for all.
+Chunks lie at fixed positions: a sequence's bits depend neither on the batch nor on where its cache row or pages are.
+How many chunks there may be follows from shapes; those that a sequence does not reach end at once. So nothing waits
+for the lengths' values, and the launches fit a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlm.kernels.triton.shipped import TARGETS, Shipped, Work
+
+__all__ = ["attention_decode", "attention_paged", "shipped"]
+
+CHUNK = 256
+"""Keys of a chunk. Smaller ones fill the GPU sooner and leave more to combine: a chunk leaves 4 (D + 2) bytes a query
+for the 2 * 256 D elements that it read."""
+MOST_CHUNKS = 64
+"""Longer caches have larger chunks, for the combining program holds them all."""
+FEW_TOKENS = 16
+"""With more new tokens than this, blocks of queries fill the GPU: their keys are not split."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _float8(codes):
+    """e4m3 (fn: no infinities, 0x7f is NaN) to float32, for chips without an instruction for it."""
+    bits = codes.to(tl.int32)
+    magnitude = bits & 0x7F
+    # As float32 the same exponent counts from another bias; the product is exact, for subnormals too.
+    value = (magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^(127 - 7)
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return tl.where(bits >= 0x80, -value, value)
+
+
+@triton.jit
+def _decode(
+    query,
+    keys,
+    values,
+    output,
+    largest,
+    total,
+    lengths,
+    index,  # the cache row of each batch entry, [B], or its pages, [B, M]; unused where CACHE is "own"
+    slopes,
+    key_scale,
+    value_scale,
+    factor,  # scale, times log2(e) where there is no softcap
+    softcap,
+    window,
+    tokens,
+    capacity,
+    page,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kr,
+    stride_kh,
+    stride_ks,
+    stride_vr,
+    stride_vh,
+    stride_vs,
+    stride_ib,
+    stride_slopes,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,  # 0: one program takes all keys and writes the result itself
+    CACHE: tl.constexpr,  # "own": row b; "rows": row index[b]; "pages"
+    FLOAT8: tl.constexpr,  # "": none; "native"; "bits": bytes, widened by hand
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+):
+    blocks = tl.cdiv(tokens * GROUP, BLOCK_M)
+    block = tl.program_id(0) % blocks
+    kv_head = (tl.program_id(0) // blocks) % KV_HEADS
+    batch = (tl.program_id(0) // blocks // KV_HEADS).to(tl.int64)
+    length = tl.minimum(tl.load(lengths + batch), capacity).to(tl.int32)  # beyond the capacity is others' memory
+
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # of the tile: token x group
+    token, head = row // GROUP, kv_head * GROUP + row % GROUP
+    used = row < tokens * GROUP
+    place = length - tokens + token  # a query's own position
+    # The keys that any of these rows sees.
+    first = 0
+    if WINDOW:
+        first = tl.maximum(length - tokens + block * BLOCK_M // GROUP - window + 1, 0)
+    end = tl.minimum(length, length - tokens + (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
+    low = first
+    if CHUNK:
+        low = tl.maximum(first, tl.program_id(1) * CHUNK)
+        end = tl.minimum(end, tl.program_id(1) * CHUNK + CHUNK)
+        if low >= end:
+            return
+
+    feature = tl.arange(0, PADDED)
+    # Padding in every comparison would keep loads from being wide: it is only where there is any.
+    inside = feature < DIM
+    q_at = query + batch * stride_qb + head.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qt
+    q = tl.load(q_at[:, None] + feature[None, :], mask=used[:, None] & inside[None, :], other=0.0)
+    if ALIBI:
+        slope = tl.load(slopes + batch * stride_slopes + head, mask=used, other=0.0) * LOG2E
+    if FLOAT8 != "":
+        factor = factor * tl.load(key_scale + kv_head)
+    cache_row = batch
+    if CACHE == "rows":
+        cache_row = tl.load(index + batch * stride_ib)
+    keys += kv_head.to(tl.int64) * stride_kh
+    values += kv_head.to(tl.int64) * stride_vh
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    for start in tl.range(low // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        stored = (position >= low) & (position < end)
+        if CACHE == "pages":
+            pages = tl.load(index + batch * stride_ib + position // page, mask=stored, other=0).to(tl.int64)
+            at = (position % page).to(tl.int64)
+            k_at = keys + pages * stride_kr + at * stride_ks
+            v_at = values + pages * stride_vr + at * stride_vs
+        else:
+            k_at = keys + cache_row * stride_kr + position.to(tl.int64) * stride_ks
+            v_at = values + cache_row * stride_vr + position.to(tl.int64) * stride_vs
+        k = tl.load(k_at[None, :] + feature[:, None], mask=stored[None, :] & inside[:, None], other=0.0)
+        if FLOAT8 == "bits":
+            k = _float8(k)
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * factor
+        if SOFTCAP:
+            scores = softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))  # tanh
+        if ALIBI:
+            scores += slope[:, None] * (position[None, :] - place[:, None]).to(tl.float32)
+        visible = stored[None, :] & (position[None, :] <= place[:, None])
+        if WINDOW:
+            visible &= position[None, :] > place[:, None] - window
+        scores = tl.where(visible, scores, float("-inf"))
+
+        new_m = tl.maximum(m, tl.max(scores, 1))
+        base = tl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has seen nothing yet
+        p = tl.exp2(scores - base[:, None])
+        rescale = tl.exp2(m - base)
+        l = l * rescale + tl.sum(p, 1)  # noqa: E741
+        v = tl.load(v_at[:, None] + feature[None, :], mask=stored[:, None] & inside[None, :], other=0.0)
+        if FLOAT8 == "bits":
+            v = _float8(v)
+        acc = acc * rescale[:, None]
+        acc += tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+        m = new_m
+
+    if FLOAT8 != "":
+        acc = acc * tl.load(value_scale + kv_head)
+    out_row = (batch * tokens + token) * (KV_HEADS * GROUP) + head  # output [B, T, H, (chunk,) D]
+    if CHUNK:
+        out_row = out_row * tl.num_programs(1) + tl.program_id(1)
+        tl.store(largest + out_row, m, mask=used)
+        tl.store(total + out_row, l, mask=used)
+    else:
+        acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    where = output + out_row[:, None] * DIM + feature[None, :]
+    tl.store(where, acc.to(output.dtype.element_ty), mask=used[:, None] & inside[None, :])
+
+
+@triton.jit
+def _combine(
+    partial,
+    largest,
+    total,
+    output,
+    lengths,
+    window,
+    tokens,
+    capacity,
+    chunks,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    out_row = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    token = (out_row // HEADS) % tokens
+    length = tl.minimum(tl.load(lengths + out_row // HEADS // tokens), capacity)
+    place = length - tokens + token
+    chunk = tl.arange(0, CHUNKS)
+    written = chunk * CHUNK <= place  # the others hold whatever was in memory
+    if WINDOW:
+        written &= chunk * CHUNK + CHUNK > place - window + 1
+    at = out_row * chunks + chunk
+    m = tl.load(largest + at, mask=written, other=float("-inf"))
+    l = tl.load(total + at, mask=written, other=0.0)  # noqa: E741
+    top = tl.max(m, 0)
+    weight = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top))
+    acc = tl.load(
+        partial + at[:, None] * DIM + feature[None, :], mask=written[:, None] & (feature < DIM)[None, :], other=0.0
+    )
+    bottom = tl.sum(weight * l, 0)
+    result = tl.sum(weight[:, None] * acc, 0) / tl.where(bottom == 0.0, 1.0, bottom)
+    tl.store(output + out_row * DIM + feature, result.to(output.dtype.element_ty), mask=feature < DIM)
+
+
+def attention_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """Attention of query [B, H, T, D] to caches [R, KVH, S, D]; see `fastlm.ops.attention_decode`."""
+    kind = "own" if rows is None else "rows"
+    return _launch(
+        kind, query, key_cache, value_cache, lengths, rows, scale, window, softcap, alibi_slopes, key_cache.shape[2]
+    )
+
+
+def attention_paged(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """Attention of query [B, H, T, D] to pages [P, KVH, page, D]; see `fastlm.ops.attention_paged`."""
+    return _launch(
+        "pages",
+        query,
+        key_pages,
+        value_pages,
+        lengths,
+        block_table,
+        scale,
+        window,
+        softcap,
+        alibi_slopes,
+        block_table.shape[1] * key_pages.shape[2],
+        key_scale,
+        value_scale,
+    )
+
+
+def chunk_size(tokens: int, capacity: int) -> int:
+    """Keys to a chunk for so many new tokens and such a cache; 0 where one program takes all keys."""
+    if tokens > FEW_TOKENS or capacity <= CHUNK:
+        return 0
+    return max(CHUNK, triton.next_power_of_2(triton.cdiv(capacity, MOST_CHUNKS)))
+
+
+def tile(rows: int, dim: int, element_size: int) -> dict[str, int]:
+    """The tile for so many queries (tokens x group) of a key/value head: sizes, warps and stages."""
+    padded = max(16, triton.next_power_of_2(dim))
+    width = padded * element_size  # bytes of a key
+    return {
+        "PADDED": padded,
+        "BLOCK_M": min(max(16, triton.next_power_of_2(rows)), max(16, 8192 // width)),
+        "BLOCK_N": min(64, max(16, 16384 // width)),
+        "num_warps": 8 if width == 512 else 4,
+        "num_stages": 2,
+    }
+
+
+def native_float8(device: torch.device) -> bool:
+    """Whether Triton converts e4m3 on this device; before sm_89 and on gfx942 (whose own e4m3 differs) it does not."""
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9))
+
+
+def _launch(
+    kind: str,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    index: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    slopes: Tensor | None,
+    capacity: int,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> Tensor:
+    batch, heads, tokens, dim = query.shape
+    kv_heads = keys.shape[1]
+    output = query.new_empty((batch, tokens, heads, dim))
+    if output.numel() == 0:
+        return output.transpose(1, 2)
+    query, keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (query, keys, values))
+    lengths = lengths.contiguous()
+    float8 = ""
+    if keys.dtype == torch.float8_e4m3fn:
+        float8 = "native" if native_float8(query.device) else "bits"
+        if float8 == "bits":
+            keys, values = keys.view(torch.uint8), values.view(torch.uint8)
+        one = query.new_ones(1, dtype=torch.float32)
+        scales = (one if s is None else s.float() for s in (key_scale, value_scale))
+        key_scale, value_scale = (s.expand(kv_heads).contiguous() for s in scales)
+    if slopes is not None:
+        slopes = slopes.float().contiguous()
+    group = heads // kv_heads
+    sizes = tile(tokens * group, dim, query.element_size())
+    chunk = chunk_size(tokens, capacity)
+    chunks = triton.cdiv(capacity, chunk) if chunk else 1
+    partial, largest, total = output, None, None
+    if chunk:
+        largest, total = query.new_empty((2, batch, tokens, heads, chunks), dtype=torch.float32)
+        partial = query.new_empty((batch, tokens, heads, chunks, dim), dtype=torch.float32)
+    blocks = triton.cdiv(tokens * group, sizes["BLOCK_M"])
+    _decode[(batch * kv_heads * blocks, chunks)](
+        query,
+        keys,
+        values,
+        partial,
+        largest,
+        total,
+        lengths,
+        index,
+        slopes,
+        key_scale,
+        value_scale,
+        scale if softcap else scale * LOG2E.value,
+        softcap or 0.0,
+        window or 0,
+        tokens,
+        capacity,
+        keys.shape[2],
+        *query.stride()[:3],
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        index.stride(0) if index is not None else 0,
+        heads if slopes is not None and slopes.dim() == 2 else 0,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        DIM=dim,
+        CHUNK=chunk,
+        CACHE=kind,
+        FLOAT8=float8,
+        WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
+        ALIBI=slopes is not None,
+        **sizes,
+    )
+    if chunk:
+        block_d = min(sizes["PADDED"], 64)
+        _combine[(batch * tokens * heads, triton.cdiv(dim, block_d))](
+            partial,
+            largest,
+            total,
+            output,
+            lengths,
+            window or 0,
+            tokens,
+            capacity,
+            chunks,
+            HEADS=heads,
+            DIM=dim,
+            BLOCK_D=block_d,
+            CHUNK=chunk,
+            CHUNKS=triton.next_power_of_2(chunks),
+            WINDOW=window is not None,
+            num_warps=4,
+        )
+    return output.transpose(1, 2)
+
+
+_WORD = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def shipped() -> Iterator[Shipped]:
+    """What `attention_decode` and `attention_paged` launch for the usual heads, one new token and a group of 4."""
+    for dtype, dim in (("bf16", 64), ("bf16", 80), ("bf16", 128), ("fp16", 128), ("bf16", 256), ("fp32", 64)):
+        yield _shipped(dtype, dim, "own", "", chunk=0)
+        yield _shipped(dtype, dim, "rows", "")
+    for dim in (64, 128):
+        yield _shipped("bf16", dim, "pages", "")
+        yield _shipped("bf16", dim, "pages", "native", targets=("sm_90", "sm_100"))
+        yield _shipped("bf16", dim, "pages", "bits", targets=("sm_80", "sm_86", "gfx942"))
+        yield _shipped("bf16", dim, "rows", "", tokens=16, options=True)
+    yield _shipped("fp32", 256, "rows", "", tokens=16, options=True)
+    for dtype, dim, chunks in (("bf16", 64, 8), ("bf16", 128, 64), ("fp32", 256, 64)):
+        yield Shipped(
+            name=f"attention_decode combine {dtype} d{dim} chunks{chunks}",
+            kernel=_combine,
+            signature={
+                **dict.fromkeys(("partial", "largest", "total"), "*fp32"),
+                "output": f"*{dtype}",
+                "lengths": "*i64",
+                **dict.fromkeys(("window", "tokens", "capacity", "chunks"), "i32"),
+            },
+            constants={
+                "HEADS": 32,
+                "DIM": dim,
+                "BLOCK_D": min(dim, 64),
+                "CHUNK": CHUNK,
+                "CHUNKS": chunks,
+                "WINDOW": False,
+            },
+            num_warps=4,
+            num_stages=2,
+            divisible_by_16=("partial", "largest", "total", "output", "lengths"),
+            work=Work(exponentials=chunks, bytes=4 * chunks * (min(dim, 64) + 2)),
+        )
+
+
+def _shipped(
+    dtype: str,
+    dim: int,
+    cache: str,
+    float8: str,
+    chunk: int = CHUNK,
+    tokens: int = 1,
+    options: bool = False,
+    targets: tuple[str, ...] = TARGETS,
+) -> Shipped:
+    group = 4
+    size = _WORD[dtype]
+    sizes = tile(tokens * group, dim, size)
+    warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
+    stored = {"": f"*{dtype}", "native": "*fp8e4nv", "bits": "*u8"}[float8]
+    pointers = {
+        "query": f"*{dtype}",
+        "keys": stored,
+        "values": stored,
+        "output": "*fp32" if chunk else f"*{dtype}",
+        "largest": "*fp32" if chunk else None,
+        "total": "*fp32" if chunk else None,
+        "lengths": "*i64",
+        "index": None if cache == "own" else "*i64",
+        "slopes": "*fp32" if options else None,
+        "key_scale": "*fp32" if float8 else None,
+        "value_scale": "*fp32" if float8 else None,
+    }
+    signature = {name: kind for name, kind in pointers.items() if kind is not None}
+    strides = [f"stride_{t}" for t in ("qb", "qh", "qt", "kr", "kh", "ks", "vr", "vh", "vs", "ib", "slopes")]
+    m, n = sizes["BLOCK_M"], sizes["BLOCK_N"]
+    return Shipped(
+        name=f"attention_decode {dtype} d{dim} {cache}"
+        + "".join(f" {word}" for word in (float8 and f"float8 {float8}", "split" if chunk else "") if word)
+        + (f" t{tokens} window softcap alibi" if options else ""),
+        kernel=_decode,
+        signature={
+            **signature,
+            "factor": "fp32",
+            "softcap": "fp32",
+            **dict.fromkeys(("window", "tokens", "capacity", "page"), "i32"),
+            **dict.fromkeys(strides, "i32"),
+        },
+        constants={
+            **{name: None for name, kind in pointers.items() if kind is None},
+            **sizes,
+            "KV_HEADS": 8,
+            "GROUP": group,
+            "DIM": dim,
+            "CHUNK": chunk,
+            "CACHE": cache,
+            "FLOAT8": float8,
+            "WINDOW": options,
+            "SOFTCAP": options,
+            "ALIBI": options,
+        },
+        num_warps=warps,
+        num_stages=stages,
+        targets=targets,
+        divisible_by_16=(*signature, "capacity", "page", *strides[:-2]),
+        work=Work(
+            tensor_flops=4 * m * n * sizes["PADDED"],
+            exponentials=m * n + m,
+            bytes=2 * n * dim * (1 if float8 else size),
+        ),
+    )
