@@ -9,6 +9,7 @@
 
 #include <utility>
 
+#include "convert.h"
 #include "simd_math.h"
 #include "threads.h"
 
@@ -16,8 +17,7 @@ namespace fastlm {
 namespace FASTLM_ISA {
 
 static constexpr int kChunk = 64;        // keys per task, so that a short context keeps all threads busy; a multiple of kLanes
-static constexpr int kKeysInL1 = 32;     // values that stay in the first cache while all queries take their share
-static constexpr int kRows = 16;         // queries scored together: bounds the stack
+static constexpr int kTogether = 4;      // queries that share one reading of a key or value
 static constexpr int64_t kTokens = 32;   // new tokens per pass: bounds the scratch
 static constexpr int64_t kBytesPerThread = 128 << 10;  // less work than this does not pay for waking a thread
 static constexpr int kMaxDim = kAttentionDecodeMaxDim;
@@ -60,49 +60,100 @@ template <int... I>
 FASTLM_INLINE vf add_neighbours(vf x, vf y, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(x, y, (2 * I)...) + __builtin_shufflevector(x, y, (2 * I + 1)...);
 }
-// Lane i of the result is the sum of x[i]'s lanes.
-FASTLM_INLINE vf reduce_each(vf* x) {
-  for (int n = kLanes; n > 1; n /= 2)
-    for (int i = 0; i < n / 2; ++i)
-      x[i] = add_neighbours(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, kLanes>());
-  return x[0];
+// Lane i of the result is the sum of x[i]'s lanes, for kLanes vectors.
+template <int N = kLanes>
+FASTLM_INLINE vf reduce_each(const vf* x) {
+  if constexpr (N == 1)
+    return x[0];
+  else
+    return add_neighbours(reduce_each<N / 2>(x), reduce_each<N / 2>(x + N / 2), std::make_integer_sequence<int, kLanes>());
 }
 
-// The dot products of a query with kLanes keys.
-FASTLM_INLINE vf dots(const float* query, const float* const* keys, int dim) {
-  vf sums[kLanes] = {};
-  int d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    const vf q = load(query + d);
-    for (int l = 0; l < kLanes; ++l) sums[l] += q * load(keys[l] + d);
-  }
-  if (d < dim) {
-    const vf q = load(query + d);  // padded with zeros
-    for (int l = 0; l < kLanes; ++l) sums[l] += q * load_partial(keys[l] + d, dim - d);
-  }
-  return reduce_each(sums);
+// kLanes features of a key or value as floats, and the first n of them.
+FASTLM_INLINE vf widen(const float* p) { return load(p); }
+FASTLM_INLINE vf widen(const uint16_t* p) { return load_bfloats(p); }
+FASTLM_INLINE vf widen(const int8_t* p) { return load_bytes(p); }
+template <class T>
+FASTLM_INLINE vf widen_partial(const T* p, int n) {
+  T lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return widen(lanes);
 }
 
-// sum[d] += weights[j] * values[j][d] over n values, for N vectors from d on.
-template <int N>
-FASTLM_INLINE void add_weighted(float* sum, const float* weights, const float* values, int64_t stride, int64_t n) {
-  vf s[N];
-  for (int i = 0; i < N; ++i) s[i] = load(sum + i * kLanes);
-  for (int64_t j = 0; j < n; ++j) {
-    const vf w = broadcast(weights[j]);
-    for (int i = 0; i < N; ++i) s[i] += w * load(values + j * stride + i * kLanes);
+// Keys or values of one key/value head, row j - base being that of position j. Integers have their scale behind them.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+
+  const T* row(int64_t j) const { return data + j * stride; }
+  float scale(int64_t j, int dim) const {
+    if (sizeof(T) != 1) return 1.0f;
+    float scale;
+    std::memcpy(&scale, row(j) + dim, sizeof(scale));
+    return scale;
   }
-  for (int i = 0; i < N; ++i) store(sum + i * kLanes, s[i]);
+};
+
+// sums[q][l]: vectors whose lanes add up to the dot product of query q with key l. As many keys at a time as leave the
+// sums in registers; how many queries or keys go together does not show in the numbers.
+template <int Q, class T>
+FASTLM_INLINE void dots(const float* const* queries, const T* const* keys, int dim, vf (*sums)[kLanes]) {
+  constexpr int kKeys = Q == 1 ? kLanes : Q < 4 ? kLanes / 2 : kLanes / 4;
+  for (int first = 0; first < kLanes; first += kKeys) {
+    vf s[Q][kKeys];
+    for (int i = 0; i < Q; ++i)
+      for (int l = 0; l < kKeys; ++l) s[i][l] = vf{};
+    for (int d = 0; d + kLanes <= dim; d += kLanes) {
+      vf q[Q];
+      for (int i = 0; i < Q; ++i) q[i] = load(queries[i] + d);
+      for (int l = 0; l < kKeys; ++l) {
+        const vf k = widen(keys[first + l] + d);
+        for (int i = 0; i < Q; ++i) s[i][l] += q[i] * k;
+      }
+    }
+    for (int i = 0; i < Q; ++i)
+      for (int l = 0; l < kKeys; ++l) sums[i][first + l] = s[i][l];
+  }
+  const int rest = dim % kLanes;
+  if (rest == 0) return;
+  for (int l = 0; l < kLanes; ++l) {
+    const vf k = widen_partial(keys[l] + dim - rest, rest);
+    for (int i = 0; i < Q; ++i) sums[i][l] += load(queries[i] + dim - rest) * k;  // padded with zeros
+  }
 }
-static void add_values(float* sum, const float* weights, const float* values, int64_t stride, int64_t n, int dim) {
+
+// sums[q][d] += weights[q][j] * values[j][d] for the rows [from, to), N vectors from d on.
+template <int Q, int N, class T>
+FASTLM_INLINE void add_weighted(float* const* sums, const float* const* weights, Rows<T> values, int64_t from,
+                                int64_t to, int d) {
+  vf s[Q][N];
+  for (int q = 0; q < Q; ++q)
+    for (int i = 0; i < N; ++i) s[q][i] = load(sums[q] + d + i * kLanes);
+  for (int64_t j = from; j < to; ++j) {
+    const T* row = values.row(j) + d;
+    vf v[N];
+    for (int i = 0; i < N; ++i) v[i] = widen(row + i * kLanes);
+    for (int q = 0; q < Q; ++q) {
+      const vf w = broadcast(weights[q][j]);
+      for (int i = 0; i < N; ++i) s[q][i] += w * v[i];
+    }
+  }
+  for (int q = 0; q < Q; ++q)
+    for (int i = 0; i < N; ++i) store(sums[q] + d + i * kLanes, s[q][i]);
+}
+template <int Q, class T>
+static void add_values(float* const* sums, const float* const* weights, Rows<T> values, int64_t from, int64_t to,
+                       int dim) {
   int d = 0;
-  for (; d + 8 * kLanes <= dim; d += 8 * kLanes) add_weighted<8>(sum + d, weights, values + d, stride, n);
-  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) add_weighted<4>(sum + d, weights, values + d, stride, n);
-  for (; d + kLanes <= dim; d += kLanes) add_weighted<1>(sum + d, weights, values + d, stride, n);
+  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) add_weighted<Q, 4>(sums, weights, values, from, to, d);
+  for (; d + kLanes <= dim; d += kLanes) add_weighted<Q, 1>(sums, weights, values, from, to, d);
   if (d == dim) return;
-  vf s = load(sum + d);
-  for (int64_t j = 0; j < n; ++j) s += broadcast(weights[j]) * load_partial(values + j * stride + d, dim - d);
-  store(sum + d, s);
+  for (int q = 0; q < Q; ++q) {
+    vf s = load(sums[q] + d);
+    for (int64_t j = from; j < to; ++j) s += broadcast(weights[q][j]) * widen_partial(values.row(j) + d, dim - d);
+    store(sums[q] + d, s);
+  }
 }
 
 struct Query {
@@ -142,76 +193,82 @@ static float softmax(const AttentionDecode& a, const Query& query, int64_t base,
   return top;
 }
 
-// A chunk's keys or values: row j - base is that of position j.
-struct ChunkRows {
-  const float* data;
-  int64_t stride;
-};
-
-// The positions [low, high) of a chunk: where they are, or, of bfloat16, a copy in floats.
-static ChunkRows chunk_rows(const AttentionDecode& a, const void* cache, const int64_t* stride, int64_t row,
-                            int64_t kv_head, int64_t base, Visible seen, float* copy) {
-  const int64_t at = row * stride[0] + kv_head * stride[1] + base * stride[2];
-  if (!a.bfloats) return {static_cast<const float*>(cache) + at, stride[2]};
-  for (int64_t j = seen.low - base; j < seen.high - base; ++j) {
-    const uint16_t* from = static_cast<const uint16_t*>(cache) + at + j * stride[2];
-    for (int64_t d = 0; d < a.dim; ++d) copy[j * a.dim + d] = float_of(static_cast<uint32_t>(from[d]) << 16);
-  }
-  return {copy, a.dim};
-}
-
-// One chunk for up to kRows of the queries that share a key/value head.
-static void attend(const AttentionDecode& a, const Query* queries, int count, int64_t base, ChunkRows keys,
-                   ChunkRows values, float* const* partials) {
-  const int dim = static_cast<int>(a.dim);
-  alignas(64) float scores[kRows][kChunk];
-  int64_t low = base + kChunk, high = base;
-  for (int i = 0; i < count; ++i) {
-    if (queries[i].keys.low >= queries[i].keys.high) continue;
-    low = smaller(low, queries[i].keys.low);
-    high = larger(high, queries[i].keys.high);
-  }
-  for (int64_t block = (low - base) / kLanes * kLanes; block < high - base; block += kLanes) {
-    const float* key[kLanes];
-    for (int l = 0; l < kLanes; ++l)
-      key[l] = keys.data + (larger(low, smaller(base + block + l, high - 1)) - base) * keys.stride;
-    for (int i = 0; i < count; ++i) store(&scores[i][block], dots(queries[i].vector, key, dim));
-  }
-  alignas(64) float sums[kRows][kMaxDim];
-  for (int i = 0; i < count; ++i) {
-    for (int d = 0; d < dim; d += kLanes) store(&sums[i][d], vf{});
-    partials[i][dim] = -__builtin_inff();
-    partials[i][dim + 1] = 0.0f;
-    if (queries[i].keys.low < queries[i].keys.high)
-      partials[i][dim] = softmax(a, queries[i], base, scores[i], &partials[i][dim + 1]);
-  }
-  for (int64_t j = low; j < high; j += kKeysInL1) {
-    for (int i = 0; i < count; ++i) {
-      const int64_t from = larger(j, queries[i].keys.low), to = smaller(j + kKeysInL1, queries[i].keys.high);
-      if (from < to)
-        add_values(sums[i], &scores[i][from - base], values.data + (from - base) * values.stride, values.stride,
-                   to - from, dim);
+// The scores of Q queries against the chunk's keys [low, high).
+template <int Q, class T>
+static void score(const Query* queries, Rows<T> keys, int64_t low, int64_t high, int dim, float (*scores)[kChunk]) {
+  const float* vectors[Q];
+  for (int q = 0; q < Q; ++q) vectors[q] = queries[q].vector;
+  for (int64_t block = low / kLanes * kLanes; block < high; block += kLanes) {
+    const T* key[kLanes];
+    float scale[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int64_t j = larger(low, smaller(block + l, high - 1));
+      key[l] = keys.row(j);
+      scale[l] = keys.scale(j, dim);
     }
+    vf sums[Q][kLanes];
+    dots<Q>(vectors, key, dim, sums);
+    for (int q = 0; q < Q; ++q) store(&scores[q][block], reduce_each(sums[q]) * load(scale));
   }
-  for (int i = 0; i < count; ++i) std::memcpy(partials[i], sums[i], sizeof(float) * a.dim);
 }
 
+// One chunk for Q of the queries that share a key/value head.
+template <int Q, class T>
+static void attend(const AttentionDecode& a, const Query* queries, int64_t base, Rows<T> keys, Rows<T> values,
+                   float* const* partials) {
+  const int dim = static_cast<int>(a.dim);
+  alignas(64) float scores[Q][kChunk], sums[Q][kMaxDim];
+  // The keys that any of them sees, and those that all do.
+  int64_t low = kChunk, high = 0, all_low = 0, all_high = kChunk;
+  for (int q = 0; q < Q; ++q) {
+    const int64_t from = queries[q].keys.low - base, to = queries[q].keys.high - base;
+    if (from < to) low = smaller(low, from), high = larger(high, to);
+    all_low = larger(all_low, from);
+    all_high = smaller(all_high, to);
+  }
+  score<Q>(queries, keys, low, high, dim, scores);
+  float* sum[Q];
+  const float* weights[Q];
+  for (int q = 0; q < Q; ++q) {
+    sum[q] = sums[q];
+    weights[q] = scores[q];
+    for (int d = 0; d < dim; d += kLanes) store(&sums[q][d], vf{});
+    partials[q][dim] = -__builtin_inff();
+    partials[q][dim + 1] = 0.0f;
+    if (queries[q].keys.low >= queries[q].keys.high) continue;
+    partials[q][dim] = softmax(a, queries[q], base, scores[q], &partials[q][dim + 1]);
+    if (sizeof(T) == 1)
+      for (int64_t j = queries[q].keys.low - base; j < queries[q].keys.high - base; ++j)
+        scores[q][j] *= values.scale(j, dim);
+  }
+  // In order for each query: what it alone sees before the common keys, these, what is behind them.
+  if (all_low >= all_high) all_low = all_high = kChunk;
+  for (int q = 0; q < Q; ++q)
+    add_values<1>(sum + q, weights + q, values, queries[q].keys.low - base,
+                  smaller(queries[q].keys.high - base, all_low), dim);
+  add_values<Q>(sum, weights, values, all_low, all_high, dim);
+  for (int q = 0; q < Q; ++q)
+    add_values<1>(sum + q, weights + q, values, larger(queries[q].keys.low - base, all_high),
+                  queries[q].keys.high - base, dim);
+  for (int q = 0; q < Q; ++q) std::memcpy(partials[q], sums[q], sizeof(float) * a.dim);
+}
+
+template <class T>
 static void run_task(const Pass& pass, int64_t b, int64_t kv_head, int64_t chunk) {
   const AttentionDecode& a = *pass.a;
   const int64_t row = a.rows != nullptr ? a.rows[b] : b;
   const int64_t base = (pass.first_chunk(b) + chunk) * kChunk;
   const int64_t group = a.heads / a.kv_heads;
-  const Visible seen = {larger(visible(a, b, pass.first).low, base),
-                        smaller(visible(a, b, pass.first + pass.tokens - 1).high, base + kChunk)};
-  alignas(64) float key_copy[kChunk * kMaxDim], value_copy[kChunk * kMaxDim];  // touched for bfloat16 alone
-  const ChunkRows keys = chunk_rows(a, a.key, a.key_stride, row, kv_head, base, seen, key_copy);
-  const ChunkRows values = chunk_rows(a, a.value, a.value_stride, row, kv_head, base, seen, value_copy);
-  alignas(64) float vectors[kRows][kMaxDim];
-  Query queries[kRows];
-  float* partials[kRows];
+  const auto rows = [&](const void* cache, const int64_t* stride) {
+    return Rows<T>{static_cast<const T*>(cache) + row * stride[0] + kv_head * stride[1] + base * stride[2], stride[2]};
+  };
+  const Rows<T> keys = rows(a.key, a.key_stride), values = rows(a.value, a.value_stride);
+  alignas(64) float vectors[kTogether][kMaxDim];
+  Query queries[kTogether];
+  float* partials[kTogether];
   const int64_t total = group * pass.tokens;
-  for (int64_t start = 0; start < total; start += kRows) {
-    const int count = static_cast<int>(smaller(kRows, total - start));
+  for (int64_t start = 0; start < total; start += kTogether) {
+    const int count = static_cast<int>(smaller(kTogether, total - start));
     for (int i = 0; i < count; ++i) {
       const int64_t head = kv_head * group + (start + i) / pass.tokens, token = (start + i) % pass.tokens;
       const int64_t position = a.lengths[b] - a.tokens + pass.first + token;
@@ -224,7 +281,12 @@ static void run_task(const Pass& pass, int64_t b, int64_t kv_head, int64_t chunk
                     a.slopes != nullptr ? a.slopes[b * a.slopes_stride + head] : 0.0f};
       partials[i] = pass.partial_of(b, head, token, chunk);
     }
-    attend(a, queries, count, base, keys, values, partials);
+    switch (count) {
+      case 1: attend<1>(a, queries, base, keys, values, partials); break;
+      case 2: attend<2>(a, queries, base, keys, values, partials); break;
+      case 3: attend<3>(a, queries, base, keys, values, partials); break;
+      default: attend<4>(a, queries, base, keys, values, partials); break;
+    }
   }
 }
 
@@ -273,7 +335,7 @@ void attention_decode(const AttentionDecode& a) {
       const Pass pass = make_pass(a, first);
       int64_t keys = 0;
       for (int64_t b = 0; b < a.batch; ++b) keys += smaller(pass.chunk_count(b) * kChunk, a.lengths[b]);
-      const int64_t bytes = keys * a.kv_heads * a.dim * 2 * static_cast<int64_t>(sizeof(float));
+      const int64_t bytes = keys * a.kv_heads * a.dim * 2 * static_cast<int64_t>(sizeof(float));  // of work, not memory
       return larger(1, smaller(a.threads, bytes / kBytesPerThread));
     });
     parallel(static_cast<int>(wanted), [&](int thread, int threads, Barrier& barrier) {
@@ -281,7 +343,12 @@ void attention_decode(const AttentionDecode& a) {
       const Range tasks = share(a.batch * a.kv_heads * pass.chunks, thread, threads);
       for (int64_t task = tasks.begin; task < tasks.end; ++task) {
         const int64_t chunk = task % pass.chunks, unit = task / pass.chunks, b = unit / a.kv_heads;
-        if (chunk < pass.chunk_count(b)) run_task(pass, b, unit % a.kv_heads, chunk);  // else a shorter sequence
+        if (chunk >= pass.chunk_count(b)) continue;  // a shorter sequence
+        switch (a.type) {
+          case KvType::kFloat: run_task<float>(pass, b, unit % a.kv_heads, chunk); break;
+          case KvType::kBfloat16: run_task<uint16_t>(pass, b, unit % a.kv_heads, chunk); break;
+          case KvType::kInt8: run_task<int8_t>(pass, b, unit % a.kv_heads, chunk); break;
+        }
       }
       barrier.wait();
       const Range queries = share(a.batch * a.heads * pass.tokens, thread, threads);

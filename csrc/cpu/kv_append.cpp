@@ -10,16 +10,34 @@ namespace FASTLM_ISA {
 
 namespace {
 
-void write(const KvAppend& a, const float* from, void* cache, int64_t at) {
-  if (!a.bfloats) {
-    std::memcpy(static_cast<float*>(cache) + at, from, a.dim * sizeof(float));
-    return;
-  }
-  uint16_t* to = static_cast<uint16_t*>(cache) + at;
-  for (int64_t d = 0; d < a.dim; ++d) {
+void write_bfloats(const float* from, int64_t dim, uint16_t* to) {
+  for (int64_t d = 0; d < dim; ++d) {
     const uint32_t bits = bits_of(from[d]);
     const bool nan = (bits & 0x7fffffff) > 0x7f800000;  // rounding could make it an infinity
     to[d] = static_cast<uint16_t>((nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+}
+
+void write_integers(const float* from, int64_t dim, int8_t* to) {
+  float largest = 0.0f, zero = 0.0f;
+  for (int64_t d = 0; d < dim; ++d) {
+    const float magnitude = float_of(bits_of(from[d]) & 0x7fffffff);
+    largest = magnitude > largest ? magnitude : largest;
+    zero += from[d] * 0.0f;  // NaN if one is not finite
+  }
+  const bool tiny = largest < kKvSmallest, finite = zero == 0.0f;
+  const float scale = !finite ? zero : tiny ? 0.0f : largest / 127.0f;
+  const float inverse = !finite || tiny ? 0.0f : 127.0f / largest;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, to nearest even
+  for (int64_t d = 0; d < dim; ++d) to[d] = finite ? static_cast<int8_t>(from[d] * inverse + magic - magic) : 0;
+  std::memcpy(to + dim, &scale, sizeof(scale));
+}
+
+void write(const KvAppend& a, const float* from, void* cache, int64_t at) {
+  switch (a.type) {
+    case KvType::kFloat: std::memcpy(static_cast<float*>(cache) + at, from, a.dim * sizeof(float)); break;
+    case KvType::kBfloat16: write_bfloats(from, a.dim, static_cast<uint16_t*>(cache) + at); break;
+    case KvType::kInt8: write_integers(from, a.dim, static_cast<int8_t*>(cache) + at); break;
   }
 }
 

@@ -17,7 +17,7 @@ void copy_strides(int64_t (&to)[3], const Sizes& from, const char* name) {
   for (int i = 0; i < 3; ++i) to[i] = from[i];
 }
 
-void run(address query, const Sizes& query_shape, const Sizes& query_stride, bool bfloats, address key,
+void run(address query, const Sizes& query_shape, const Sizes& query_stride, int type, address key,
          const Sizes& key_shape, const Sizes& key_stride, address value, const Sizes& value_stride, address lengths, address rows,
          address slopes, int64_t slopes_stride, float scale, float softcap, int64_t window, address output,
          int threads) {
@@ -29,11 +29,11 @@ void run(address query, const Sizes& query_shape, const Sizes& query_stride, boo
   a.cache_rows = key_shape[0];
   a.kv_heads = key_shape[1];
   a.positions = key_shape[2];
-  if (a.dim < 1 || a.dim > kAttentionDecodeMaxDim || a.dim != key_shape[3] || a.kv_heads < 1 ||
+  if (a.dim < 1 || a.dim > kAttentionDecodeMaxDim || key_shape[3] != kv_width(a.dim, kv_type(type)) || a.kv_heads < 1 ||
       a.heads % a.kv_heads != 0)
     throw py::value_error("attention_decode: the shapes of query and key_cache do not fit");
   a.query = pointer<const float>(query);
-  a.bfloats = bfloats;
+  a.type = kv_type(type);
   a.key = pointer<const void>(key);
   a.value = pointer<const void>(value);
   copy_strides(a.query_stride, query_stride, "query");

@@ -29,19 +29,20 @@ void copy_strides(int64_t (&to)[3], const Sizes& from, int64_t dim) {
 }
 
 void append(const Sizes& shape, address key, const Sizes& key_stride, address value, const Sizes& value_stride,
-            const Sizes& cache_shape, bool bfloats, address keys, const Sizes& keys_stride, address values,
+            const Sizes& cache_shape, int type, address keys, const Sizes& keys_stride, address values,
             const Sizes& values_stride, address starts, address rows, int threads) {
   KvAppend a = {};
   a.batch = shape[0];
   a.heads = shape[1];
   a.tokens = shape[2];
   a.dim = shape[3];
-  check(a.heads == cache_shape[1] && a.dim == cache_shape[3], "kv_append: the new keys do not fit the cache");
+  check(a.heads == cache_shape[1] && cache_shape[3] == kv_width(a.dim, kv_type(type)),
+        "kv_append: the new keys do not fit the cache");
   a.key = pointer<const float>(key);
   copy_strides(a.key_stride, key_stride, a.dim);
   a.value = pointer<const float>(value);
   copy_strides(a.value_stride, value_stride, a.dim);
-  a.bfloats = bfloats;
+  a.type = kv_type(type);
   a.keys = pointer<void>(keys);
   copy_strides(a.keys_stride, keys_stride, a.dim);
   a.values = pointer<void>(values);

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "fastlm/kv_append.h"
 #include "fastlm/program.h"
 
 namespace py = pybind11;
@@ -55,6 +56,13 @@ inline void refuse_recording(const char* kernel) {
 // Memory for a kernel's scratch until the thread's next call of this function; while a program records, for as long as
 // the program lives. Aligned to 64 bytes.
 void* scratch(std::size_t bytes);
+
+// How a cache holds keys and values, of its number in Python; and the elements of one key of `dim` features.
+inline KvType kv_type(int number) {
+  if (number < 0 || number > 2) throw py::value_error("a cache of unknown type");
+  return static_cast<KvType>(number);
+}
+inline int64_t kv_width(int64_t dim, KvType type) { return type == KvType::kInt8 ? dim + 4 : dim; }
 
 void bind_activation(py::module_& m);
 void bind_attention(py::module_& m);

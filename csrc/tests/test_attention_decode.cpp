@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "check.h"
 #include "fastlm/attention_decode.h"
+#include "fastlm/kv_append.h"
 
 using fastlm::AttentionDecode;
 
@@ -18,6 +20,8 @@ constexpr int64_t kNoWindow = std::numeric_limits<int64_t>::max();
 struct Case {
   AttentionDecode a = {};
   std::vector<float> query, key, value, slopes, output, scratch;
+  std::vector<uint16_t> bfloat_key, bfloat_value;  // what a cache of another type holds, `key` and `value` its numbers
+  std::vector<int8_t> int_key, int_value;
   std::vector<int64_t> lengths, rows;
 
   Case(int64_t heads, int64_t kv_heads, int64_t tokens, int64_t dim, int64_t positions, std::vector<int64_t> stored)
@@ -60,8 +64,7 @@ struct Case {
 
   const std::vector<float>& run() {
     a.query = query.data();
-    a.key = key.data();
-    a.value = value.data();
+    point_at_cache();
     a.lengths = lengths.data();
     a.rows = rows.data();
     CHECK(fastlm::attention_decode_check(a) == 0);
@@ -73,6 +76,31 @@ struct Case {
     return output;
   }
 
+  // Appends keys and values to a cache of another type, and replaces them by what it holds of them.
+  void keep_as(fastlm::KvType type) {
+    a.type = type;
+    const int64_t vectors = static_cast<int64_t>(key.size()) / a.dim, width = a.dim + 4;
+    bfloat_key.assign(key.size(), 0x7fc0);
+    int_key.assign(vectors * width, -1);
+    bfloat_value = bfloat_key;
+    int_value = int_key;
+    point_at_cache();
+    fastlm::KvAppend append = {1, 1, vectors, a.dim, key.data(), {0, 0, a.dim}, value.data(), {0, 0, a.dim}};
+    append.type = type;
+    append.keys = const_cast<void*>(a.key);
+    append.values = const_cast<void*>(a.value);
+    append.keys_stride[2] = append.values_stride[2] = type == fastlm::KvType::kInt8 ? width : a.dim;
+    const int64_t start = 0;
+    append.starts = &start;
+    append.threads = 1;
+    fastlm::kv_append(append);
+    read_back(key, bfloat_key, int_key);
+    read_back(value, bfloat_value, int_value);
+    if (type == fastlm::KvType::kInt8)
+      for (int64_t* stride : {a.key_stride, a.value_stride})
+        for (int i = 0; i < 3; ++i) stride[i] = stride[i] / a.dim * width;
+  }
+
   // The largest difference from the formula in double precision.
   double error() {
     run();
@@ -81,20 +109,20 @@ struct Case {
       for (int64_t h = 0; h < a.heads; ++h)
         for (int64_t t = 0; t < a.tokens; ++t) {
           const int64_t here = lengths[b] - a.tokens + t;
-          const int64_t shared = rows[b] * a.key_stride[0] + h / (a.heads / a.kv_heads) * a.key_stride[1];
+          const int64_t shared = (rows[b] * a.positions * a.kv_heads + h / (a.heads / a.kv_heads)) * a.dim;
           const float* q = query.data() + ((b * a.heads + h) * a.tokens + t) * a.dim;
           std::vector<double> sum(a.dim, 0.0);
           double total = 0;
           for (int64_t j = 0; j <= here; ++j) {
             if (here - j >= a.window) continue;
             double score = 0;
-            for (int64_t d = 0; d < a.dim; ++d) score += double(q[d]) * key[shared + j * a.key_stride[2] + d];
+            for (int64_t d = 0; d < a.dim; ++d) score += double(q[d]) * key[shared + j * a.kv_heads * a.dim + d];
             score *= a.scale;
             if (a.softcap > 0) score = a.softcap * std::tanh(score / a.softcap);
             if (a.slopes != nullptr) score += a.slopes[h] * static_cast<double>(j - here);
             total += std::exp(score);
             for (int64_t d = 0; d < a.dim; ++d)
-              sum[d] += std::exp(score) * value[shared + j * a.value_stride[2] + d];
+              sum[d] += std::exp(score) * value[shared + j * a.kv_heads * a.dim + d];
           }
           for (int64_t d = 0; d < a.dim; ++d) {
             const double off =
@@ -106,6 +134,28 @@ struct Case {
   }
 
  private:
+  void point_at_cache() {
+    switch (a.type) {
+      case fastlm::KvType::kFloat: a.key = key.data(), a.value = value.data(); break;
+      case fastlm::KvType::kBfloat16: a.key = bfloat_key.data(), a.value = bfloat_value.data(); break;
+      case fastlm::KvType::kInt8: a.key = int_key.data(), a.value = int_value.data(); break;
+    }
+  }
+
+  void read_back(std::vector<float>& plain, const std::vector<uint16_t>& bfloats, const std::vector<int8_t>& ints) const {
+    for (size_t i = 0; i < plain.size(); ++i) {
+      if (a.type == fastlm::KvType::kBfloat16) {
+        const uint32_t bits = static_cast<uint32_t>(bfloats[i]) << 16;
+        std::memcpy(&plain[i], &bits, sizeof(bits));
+      } else {
+        const int8_t* vector = ints.data() + i / a.dim * (a.dim + 4);
+        float scale;
+        std::memcpy(&scale, vector + a.dim, sizeof(scale));
+        plain[i] = vector[i % a.dim] * scale;
+      }
+    }
+  }
+
   uint64_t seed_ = 42;
 };
 
@@ -123,6 +173,18 @@ FASTLM_TEST(attention_decode_agrees_with_the_formula) {
       }
   Case wide(2, 1, 1, 256, 70, {70});
   CHECK(wide.error() < 2e-5);
+}
+
+FASTLM_TEST(attention_decode_reads_caches_of_fewer_bytes) {
+  for (fastlm::KvType type : {fastlm::KvType::kBfloat16, fastlm::KvType::kInt8})
+    for (int64_t dim : {5, 64, 100})
+      for (int64_t tokens : {1, 3}) {
+        Case c(tokens == 1 ? 8 : 6, 2, tokens, dim, 300, {300, 35, 257});
+        const std::vector<float> before = c.key;
+        c.keep_as(type);
+        CHECK(c.key != before);
+        CHECK(c.error() < 2e-5);
+      }
 }
 
 FASTLM_TEST(attention_decode_comparison_finds_a_wrong_formula) {

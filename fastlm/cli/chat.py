@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlm.cli.common import ModelOption, errors, load_model
+from fastlm.cli.common import KvOption, ModelOption, errors, load_model
 
 if TYPE_CHECKING:
     from fastlm.generation.params import SamplingOptions
@@ -22,6 +22,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Keep this much probability.")] = 0.9,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
+    kv_dtype: KvOption = None,
 ) -> None:
     """Talk with a model that has a chat template.
 
@@ -36,7 +37,7 @@ def chat(
         "seed": seed,
     }
     SamplingParams.of(**options)  # a wrong option is told before a model is loaded
-    language_model = load_model(model)
+    language_model = load_model(model, kv_dtype=kv_dtype)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     language_model.chat_prompt([*opening, {"role": "user", "content": "hello"}])  # fails now, not after typing

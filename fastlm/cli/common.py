@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from fastlm.generation import LanguageModel
 
-__all__ = ["EXIT_ERROR", "EXIT_INTERRUPTED", "ModelOption", "console", "errors", "load_model", "run"]
+__all__ = ["EXIT_ERROR", "EXIT_INTERRUPTED", "KvOption", "ModelOption", "console", "errors", "load_model", "run"]
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -33,8 +34,26 @@ ModelOption = Annotated[
 ]
 
 
-def load_model(model: str, compute: str = "fast") -> LanguageModel:
+class KvDtype(str, Enum):
+    """What keys and values are kept in while generating."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
+KvOption = Annotated[
+    KvDtype | None,
+    typer.Option(
+        "--kv-dtype", help="Keep keys and values in this; int8 takes a quarter of float32's memory.", show_default=False
+    ),
+]
+
+
+def load_model(model: str, compute: str = "fast", kv_dtype: KvDtype | None = None) -> LanguageModel:
     """`fastlm.load` for a command: says on stderr what it fetches, so that stdout holds the result alone."""
+    import torch
+
     from fastlm.checkpoints.pull import KNOWN_MODELS, cached
     from fastlm.generation import load
 
@@ -42,7 +61,7 @@ def load_model(model: str, compute: str = "fast") -> LanguageModel:
         from fastlm.cli.pull import pull_with_progress
 
         pull_with_progress(model)
-    return load(model, compute=compute)
+    return load(model, compute=compute, kv_dtype=None if kv_dtype is None else getattr(torch, kv_dtype.value))
 
 
 def run(app: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlm.cli.common import ModelOption, errors, load_model
+from fastlm.cli.common import KvOption, ModelOption, errors, load_model
 
 if TYPE_CHECKING:
     from fastlm.generation.params import SamplingOptions
@@ -67,6 +67,7 @@ def generate(
         int, typer.Option(help="Guess this many tokens ahead where the text repeats itself; same text, sooner. 0: off.")
     ] = 0,
     compute: Annotated[Compute, typer.Option(help="Arithmetic for quantised weights.")] = Compute.fast,
+    kv_dtype: KvOption = None,
 ) -> None:
     """Continue a prompt with a pretrained or trained model.
 
@@ -93,7 +94,7 @@ def generate(
     from fastlm.generation import SamplingParams
 
     SamplingParams.of(**options)  # a wrong option is told before a model is loaded
-    language_model = load_model(model, compute.value)
+    language_model = load_model(model, compute.value, kv_dtype)
     if n == 1 and stream:
         pieces = language_model.stream(text, **options)
         if echo:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
+
 from fastlm.generation.draft import Draft
 from fastlm.generation.engine import Engine, FinishReason, Token
 from fastlm.generation.params import SamplingParams, as_ids
@@ -26,9 +28,11 @@ class Decoder:
             differ from each other, and a row's draws do not depend on the other prompts.
         capture: record the decode step and replay it where that is possible; False runs every step op by op.
         draft: guesses `params.draft_tokens` tokens ahead of a single row; default: prompt lookup.
+        kv_dtype: of the KV cache, as in `CausalLM.make_state`.
 
     Raises:
-        ValueError: a prompt is empty, has ids outside the vocabulary, or leaves no room in the model's context.
+        ValueError: `kv_dtype` is not what the model can have; a prompt is empty, has ids outside the vocabulary, or
+            leaves no room in the model's context.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Decoder:
         sequences: Sequence[int] | None = None,
         capture: bool = True,
         draft: Draft | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         rows = as_ids(prompts)
         context = model.config.context_length
@@ -63,6 +68,7 @@ class Decoder:
             max_length=longest if context is None else min(context, longest),
             stop_ids=stop_ids,
             capture=capture,
+            kv_dtype=kv_dtype,
         )
         for prompt, sequence in zip(rows, sequences, strict=True):
             self._engine.submit(prompt, params, sequence=sequence, draft=draft)

@@ -70,9 +70,10 @@ class Engine:
         capture: record the decode steps and replay them where that is possible; False runs every step op by op.
         reuse_prefixes: do not read again what a prompt shares with the beginning of another request, active or past.
             The numbers then come from another division of the prompt into products, whose last bits can differ.
+        kv_dtype: of the KV cache, as in `CausalLM.make_state`.
 
     Raises:
-        ValueError: `rows` or `max_length` is out of range.
+        ValueError: `rows`, `max_length` or `kv_dtype` is not what the model can have.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class Engine:
         stop_ids: Collection[int] = (),
         capture: bool = True,
         reuse_prefixes: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self._model = model
-        self._state = model.make_state(rows, max_length)
+        self._state = model.make_state(rows, max_length, kv_dtype=kv_dtype)
         self._max_length = self._state.max_length or max_length
         self._stop_ids = frozenset(int(token) for token in stop_ids)
         self._reuse = reuse_prefixes and isinstance(self._state, KVCache)

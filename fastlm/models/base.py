@@ -100,9 +100,38 @@ class CausalLM(nn.Module):
         """
         raise NotImplementedError
 
-    def make_state(self, rows: int, max_length: int | None = None) -> State:
-        """An empty state for `rows` sequences of up to `max_length` tokens (None: the context length)."""
+    def make_state(self, rows: int, max_length: int | None = None, *, kv_dtype: torch.dtype | None = None) -> State:
+        """An empty state for `rows` sequences of up to `max_length` tokens (None: the context length).
+
+        `kv_dtype` is what a KV cache keeps keys and values in: None for the model's own dtype; a float32 model can have
+        bfloat16 or int8 (`ops.kv_append`), half and about a quarter of the memory.
+
+        Raises:
+            ValueError: `max_length` exceeds the context length, or the model can't have such a cache.
+        """
         raise NotImplementedError
+
+    def _make_kv_cache(
+        self, rows: int, max_length: int | None, kv_dtype: torch.dtype | None, layers: int, kv_heads: int, head_dim: int
+    ) -> KVCache:
+        """What `make_state` of a Transformer gives."""
+        context, own = self.config.context_length, self.dtype
+        max_length = max_length or context
+        if max_length is None or (context is not None and max_length > context):
+            raise ValueError(f"max_length: {max_length} exceeds the model's context length of {context}")
+        kinds = (own, torch.bfloat16, torch.int8) if own is torch.float32 else (own,)
+        if kv_dtype is not None and kv_dtype not in kinds:
+            names = ", ".join(str(kind) for kind in kinds)
+            raise ValueError(f"kv_dtype: {kv_dtype} for a model that computes in {own}, expected one of {names}")
+        return KVCache.allocate(
+            rows,
+            max_length,
+            num_layers=layers,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=kv_dtype or own,
+            device=self.device,
+        )
 
     def forward(self, input_ids: Tensor, state: State | None = None, rows: Rows = None) -> Tensor:
         """Logits [B, T, vocab_size] of the token after each. Arguments and errors as for `hidden`."""

@@ -94,18 +94,9 @@ class GPT(CausalLM):
             state.advance(count, rows)
         return self.norm(x)
 
-    def make_state(self, rows: int, max_length: int | None = None) -> KVCache:
-        """An empty KV cache. ValueError: max_length exceeds the learned positions."""
+    def make_state(self, rows: int, max_length: int | None = None, *, kv_dtype: torch.dtype | None = None) -> KVCache:
+        """An empty KV cache; see `CausalLM.make_state`."""
         config = self.config
-        max_length = max_length or config.context_length
-        if max_length > config.context_length:
-            raise ValueError(f"max_length: {max_length} exceeds the model's context length of {config.context_length}")
-        return KVCache.allocate(
-            rows,
-            max_length,
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_heads,
-            head_dim=config.hidden_size // config.num_heads,
-            dtype=self.dtype,
-            device=self.device,
+        return self._make_kv_cache(
+            rows, max_length, kv_dtype, config.num_layers, config.num_heads, config.hidden_size // config.num_heads
         )

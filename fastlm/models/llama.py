@@ -143,18 +143,7 @@ class Llama(CausalLM):
             state.advance(count, rows)
         return self.norm(x)
 
-    def make_state(self, rows: int, max_length: int | None = None) -> KVCache:
-        """An empty KV cache. ValueError: max_length exceeds the context length."""
+    def make_state(self, rows: int, max_length: int | None = None, *, kv_dtype: torch.dtype | None = None) -> KVCache:
+        """An empty KV cache; see `CausalLM.make_state`."""
         config = self.config
-        max_length = max_length or config.context_length
-        if max_length > config.context_length:
-            raise ValueError(f"max_length: {max_length} exceeds the model's context length of {config.context_length}")
-        return KVCache.allocate(
-            rows,
-            max_length,
-            num_layers=config.num_layers,
-            num_kv_heads=config.kv_heads,
-            head_dim=config.head_size,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return self._make_kv_cache(rows, max_length, kv_dtype, config.num_layers, config.kv_heads, config.head_size)

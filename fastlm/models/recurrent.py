@@ -149,8 +149,12 @@ class RNNLM(CausalLM):
             y, h_n = ops.rnn(x, h[None], weights, nonlinearity=cell)
         return y, h_n[0], None
 
-    def make_state(self, rows: int, max_length: int | None = None) -> RecurrentState:
-        """The zero state; it holds any length."""
+    def make_state(
+        self, rows: int, max_length: int | None = None, *, kv_dtype: torch.dtype | None = None
+    ) -> RecurrentState:
+        """The zero state; it holds any length. ValueError: a `kv_dtype`, for there are no keys and values."""
+        if kv_dtype is not None:
+            raise ValueError(f"kv_dtype: {kv_dtype}, but a recurrent model has no KV cache")
         config = self.config
         return RecurrentState.allocate(
             rows, config.layer_sizes, cells=config.cell == "lstm", dtype=self.dtype, device=self.device

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.kernels import native
+from fastlm.reference.kv_cache import kv_read, kv_width
 from fastlm.reference.linear import FEW_TOKENS
 
 __all__ = ["KVCache", "KVStep", "RecurrentState", "Rows"]
@@ -47,7 +48,8 @@ class KVCache:
     """Keys and values of the tokens read so far, preallocated.
 
     Attributes:
-        keys, values: per layer [rows, kv_heads, max_length, head_dim]; what lies beyond a row's length is undefined.
+        keys, values: per layer [rows, kv_heads, max_length, head_dim], for int8 head_dim + 4 (`ops.kv_append`); what
+            lies beyond a row's length is undefined.
         lengths: int64 [rows] on the CPU, tokens stored in each row.
     """
 
@@ -76,7 +78,7 @@ class KVCache:
         """
         if rows < 1 or max_length < 1:
             raise ValueError(f"KVCache: rows={rows}, max_length={max_length}, expected both to be positive")
-        shape = (rows, num_kv_heads, max_length, head_dim)
+        shape = (rows, num_kv_heads, max_length, kv_width(head_dim, dtype))
         keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         return cls(keys, values, torch.zeros(rows, dtype=torch.int64))
@@ -191,7 +193,7 @@ class KVStep:
         if self.count > FEW_TOKENS and self._start is not None:
             rows = slice(None) if self._index is None else slice(self.rows[0], self.rows[0] + 1)
             end = self._start + self.count
-            key, value = (t[rows, :, :end].to(query.dtype) for t in (keys, values))
+            key, value = (kv_read(t[rows, :, :end], query.dtype) for t in (keys, values))
             return ops.attention(query, key, value, causal=True, window=window)
         return ops.attention_decode(query, keys, values, self.lengths, rows=self._index, window=window)
 

@@ -22,7 +22,9 @@ def _append_why_not(
         return "a gradient is wanted"
     if keys.stride(3) != 1 or values.stride(3) != 1:
         return "the last dimension of a cache is not contiguous"
-    if keys.dtype is torch.bfloat16 and keys.is_cpu and values.is_cpu:  # then the new ones alone have to be float32
+    if (
+        keys.dtype in (torch.bfloat16, torch.int8) and keys.is_cpu and values.is_cpu
+    ):  # then the new ones alone have to be float32
         return opaque_kernel_why_not(native.CPU, key, value)
     return opaque_kernel_why_not(native.CPU, keys, values, key, value)
 
@@ -77,7 +79,9 @@ def _(source: Tensor, amount: int, out: Tensor, source_index: Tensor | None, out
 
 def _holds(keys: Tensor, values: Tensor, new: Tensor) -> bool:
     kind = keys.dtype
-    return values.dtype == kind and (new.dtype == kind or (new.dtype is torch.float32 and kind is torch.bfloat16))
+    return values.dtype == kind and (
+        new.dtype == kind or (new.dtype is torch.float32 and kind in (torch.bfloat16, torch.int8))
+    )
 
 
 def kv_append(
@@ -87,7 +91,10 @@ def kv_append(
 
     Args:
         key_cache: [R, KVH, S, D]; value_cache alike.
-        key: [B, KVH, T, D] of the cache's dtype, or float32 for a bfloat16 cache, rounded to nearest; value alike.
+            Of dtype int8 it is [R, KVH, S, D + 4]: D integers, then the four bytes of their float32 scale, which is the
+            vector's largest magnitude / 127.
+        key: [B, KVH, T, D] of the cache's dtype, or float32, rounded to nearest, for a bfloat16 or int8 cache; value
+            alike.
         starts: int64 [B], contiguous: the position of each sequence's first new token, starts[b] + T <= S.
         rows: int64 [B], contiguous, all different: the cache row of each batch entry; 0, 1, 2, ... if None.
 
@@ -104,9 +111,9 @@ def kv_append(
         ):
             raise ValueError(
                 f"kv_append: {name} is {describe(new)}, its cache {describe(cache)}; expected one dtype "
-                "(or float32 for a bfloat16 cache), [B, KVH, T, D] and [R, KVH, S, D], the same for keys and values"
+                "(or float32 for bfloat16 and int8), [B, KVH, T, D] and [R, KVH, S, D], the same for keys and values"
             )
-    if (shape[1], shape[3]) != (cache_shape[1], cache_shape[3]):
+    if (shape[1], reference.kv_width(shape[3], key_cache.dtype)) != (cache_shape[1], cache_shape[3]):
         raise ValueError(f"kv_append: key is {describe(key)}, which does not fit a cache of {list(cache_shape)}")
     for name, index in (("starts", starts), ("rows", rows)):
         if index is not None and (index.shape != shape[:1] or index.dtype != torch.int64 or not index.is_contiguous()):

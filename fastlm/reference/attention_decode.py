@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm.reference.attention import attention
+from fastlm.reference.kv_cache import kv_read
 
 __all__ = ["attention_decode", "attention_paged"]
 
@@ -35,7 +36,7 @@ def attention_decode(
         if not 0 <= row < cache_rows:
             raise ValueError(f"attention_decode: rows[{b}] is {row}, expected 0 to {cache_rows - 1}")
         slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
-        key, value = (cache[row, :, :length].to(query.dtype) for cache in (key_cache, value_cache))
+        key, value = (kv_read(cache[row, :, :length], query.dtype) for cache in (key_cache, value_cache))
         outputs.append(
             attention(
                 query[b : b + 1], key[None], value[None], True, None, scale, window, softcap, slopes, dropout_p=0.0

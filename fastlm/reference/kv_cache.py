@@ -1,11 +1,45 @@
-"""Writing to a key-value cache, and the integers that say where."""
+"""What a key-value cache holds, writing to it, and the integers that say where.
+
+A cache has the dtype of its keys and values, bfloat16 or int8. In int8 a key of D features takes D + 4 elements: the
+integers round(x / scale) of -127 to 127 and the four bytes of their float32 scale, the largest magnitude / 127.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["kv_append", "offset"]
+__all__ = ["KV_SCALE_BYTES", "kv_append", "kv_read", "kv_width", "offset"]
+
+KV_SCALE_BYTES = 4
+_SMALLEST = 1e-30
+"""A largest magnitude below it counts as 0, so that its reciprocal is finite."""
+
+
+def kv_width(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements that a key or value of `head_dim` features takes in a cache of this dtype."""
+    return head_dim + KV_SCALE_BYTES if dtype is torch.int8 else head_dim
+
+
+def kv_read(cache: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a cache [..., kv_width(D)] holds: [..., D]. A vector with a number that was not finite is NaN."""
+    if cache.dtype is not torch.int8:
+        return cache.to(dtype)
+    scale = cache[..., -KV_SCALE_BYTES:].contiguous().view(torch.float32)
+    return (cache[..., :-KV_SCALE_BYTES] * scale).to(dtype)
+
+
+def _kv_write(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., D] as a cache of this dtype holds it: [..., kv_width(D)]."""
+    if dtype is not torch.int8:
+        return x.to(dtype)
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    finite, tiny = torch.isfinite(largest), largest < _SMALLEST
+    scale = torch.where(finite, torch.where(tiny, 0.0, largest / 127), torch.nan)
+    inverse = torch.where(tiny | ~finite, 0.0, 127 / largest)
+    integers = torch.where(finite, torch.round(x * inverse), 0.0).to(torch.int8)
+    return torch.cat((integers, scale.view(torch.int8)), dim=-1)
 
 
 def kv_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: Tensor, rows: Tensor | None) -> None:
@@ -13,8 +47,8 @@ def kv_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: 
     batch, _, tokens, _ = key.shape
     row = (torch.arange(batch, device=starts.device) if rows is None else rows)[:, None]
     place = starts[:, None] + torch.arange(tokens, device=starts.device)
-    keys[row, :, place] = key.transpose(1, 2).to(keys.dtype)
-    values[row, :, place] = value.transpose(1, 2).to(values.dtype)
+    keys[row, :, place] = _kv_write(key, keys.dtype).transpose(1, 2)
+    values[row, :, place] = _kv_write(value, values.dtype).transpose(1, 2)
 
 
 def offset(

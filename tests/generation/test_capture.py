@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import TINY, VOCAB, llama, spread
+from tiny_models import TINY, VOCAB, llama, lstm, spread
 from torch import Tensor
 
 from fastlm import ops
-from fastlm.generation import Decoder, SamplingParams
+from fastlm.generation import Decoder, LanguageModel, SamplingParams
 from fastlm.generation.capture import Captured, CaptureError
 from fastlm.models.base import CausalLM
 from fastlm.models.llama import Llama, LlamaConfig
@@ -27,9 +27,16 @@ Tokens = list[tuple[int, int, float | None, str | None]]
 
 
 def _run(
-    model: CausalLM, prompts: list[list[int]], ahead: int, capture: bool, stop: tuple[int, ...] = (), **options: object
+    model: CausalLM,
+    prompts: list[list[int]],
+    ahead: int,
+    capture: bool,
+    stop: tuple[int, ...] = (),
+    kv_dtype: torch.dtype | None = None,
+    **options: object,
 ) -> tuple[Tokens, Decoder]:
-    decoder = Decoder(model, prompts, SamplingParams.of(seed=3, **options), stop_ids=stop, capture=capture)
+    params = SamplingParams.of(seed=3, **options)
+    decoder = Decoder(model, prompts, params, stop_ids=stop, capture=capture, kv_dtype=kv_dtype)
     tokens = []
     while decoder.active:
         tokens += [(t.row, t.id, t.logprob, t.finish) for t in decoder.step(ahead)]
@@ -53,6 +60,22 @@ def test_replays_give_what_the_steps_give(model: CausalLM, prompts: list[list[in
         got, decoder = _run(model, prompts, ahead, True, max_new_tokens=20, **OPTIONS[options])
         assert decoder.why_not_captured is None
         assert got == want
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
+def test_a_cache_of_fewer_bytes_is_replayed(kv_dtype: torch.dtype) -> None:
+    model, options = spread(llama), {"max_new_tokens": 20, "temperature": 0.8, "logprobs": True, "kv_dtype": kv_dtype}
+    want, _ = _run(model, PROMPTS, 1, False, **options)
+    got, decoder = _run(model, PROMPTS, 7, True, **options)
+    assert decoder.why_not_captured is None and got == want
+    assert got != _run(model, PROMPTS, 7, True, **{**options, "kv_dtype": None})[0]
+
+
+def test_a_cache_that_the_model_cannot_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="kv_dtype: torch.float16 for a model that computes in torch.float32"):
+        Decoder(spread(llama), PROMPTS, SamplingParams(), kv_dtype=torch.float16)
+    with pytest.raises(ValueError, match="a recurrent model has no KV cache"):
+        LanguageModel(spread(lstm), kv_dtype=torch.int8)
 
 
 def test_rows_that_end_leave_the_recording(model: CausalLM) -> None:

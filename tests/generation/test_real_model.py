@@ -96,6 +96,18 @@ def test_knows_paris(fast: LanguageModel) -> None:
     assert "Paris" in fast.generate(PROMPTS[0], max_new_tokens=8, temperature=0)
 
 
+@torch.inference_mode()
+def test_an_int8_cache_costs_little(fast: LanguageModel) -> None:
+    # 512 tokens in steps of 16, each of which reads what the cache holds of all before it.
+    ids = torch.tensor([fast.encode(__doc__ + Path(__file__).read_text())[:512]])
+    found = []
+    for kv_dtype in (None, torch.bfloat16, torch.int8):
+        state = fast.model.make_state(1, 512, kv_dtype=kv_dtype)
+        found.append(torch.cat([fast.model(ids[:, i : i + 16], state) for i in range(0, 512, 16)], dim=1))
+    assert 0 < mean_kl(found[0], found[1]) < 3e-4
+    assert 0 < mean_kl(found[0], found[2]) < 3e-3
+
+
 def test_batch_and_stream_agree(fast: LanguageModel) -> None:
     options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.9, "top_p": 0.9, "seed": 11}
     together = fast.generate(list(PROMPTS[:6]), **options)

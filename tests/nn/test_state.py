@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastlm.nn.state import KVCache, RecurrentState
+from fastlm.reference.kv_cache import kv_read
 
 
 def cache(rows: int = 3, max_length: int = 9, fill: float = float("nan")) -> KVCache:
@@ -129,17 +130,24 @@ def test_recurrent_state_cuts_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("counts", [[40, 1, 1], [5, 30, 1]])
-def test_a_bfloat16_cache_attends_to_rounded_keys_and_values(counts: list[int]) -> None:
-    half = KVCache.allocate(1, 80, num_layers=1, num_kv_heads=2, head_dim=16, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("dtype", "bytes_per_feature"), [(torch.bfloat16, 2), (torch.int8, 1.25)])
+def test_a_smaller_cache_attends_to_rounded_keys_and_values(
+    dtype: torch.dtype, bytes_per_feature: float, counts: list[int]
+) -> None:
+    small = KVCache.allocate(1, 80, num_layers=1, num_kv_heads=2, head_dim=16, dtype=dtype)
     full = KVCache.allocate(1, 80, num_layers=1, num_kv_heads=2, head_dim=16)
-    assert half.nbytes * 2 == full.nbytes
+    assert small.nbytes == full.nbytes / 4 * bytes_per_feature
     for count in counts:
         query, (key, value) = torch.randn(1, 4, count, 16), torch.randn(2, 1, 2, count, 16)
-        found = []
-        for cache, new in ((half, (key, value)), (full, (key.bfloat16().float(), value.bfloat16().float()))):
-            step = cache.step(1, count)
-            step.append(0, *new)
-            found.append(step.attend(0, query))
-            cache.advance(count)
-        assert torch.equal(*found)
-        assert not torch.equal(found[0], torch.zeros_like(found[0]))
+        step = small.step(1, count)
+        step.append(0, key, value)
+        found = step.attend(0, query)
+        # What it now holds of the new tokens, appended to the other cache.
+        end = int(small.lengths[0]) + count
+        held = [kv_read(t[0][:, :, end - count : end], torch.float32) for t in (small.keys, small.values)]
+        other = full.step(1, count)
+        other.append(0, *held)
+        torch.testing.assert_close(found, other.attend(0, query), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(held[0], key, rtol=1e-5, atol=1e-6)
+        small.advance(count)
+        full.advance(count)

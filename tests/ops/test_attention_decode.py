@@ -18,6 +18,7 @@ from fastlm.kernels import native
 from fastlm.kernels.cpu import attention_decode as kernel
 from fastlm.ops.registry import _OPS
 from fastlm.reference import attention_decode as reference
+from fastlm.reference.kv_cache import kv_read, kv_width
 
 Decode = Callable[..., Tensor]
 
@@ -319,31 +320,37 @@ def test_compiles_in_one_graph() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 70])
-def test_a_bfloat16_cache_is_read_as_the_floats_it_stands_for(isa: str, window: int | None) -> None:
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        for dim in (3, 64, 100):
-            keys, values = (torch.full((3, 2, 300, dim), torch.nan, dtype=torch.bfloat16) for _ in range(2))
-            lengths = torch.tensor([300, 65, 3])
-            for row, length in enumerate(lengths.tolist()):
-                keys[row, :, :length], values[row, :, :length] = torch.randn(2, 2, length, dim)
-            query = torch.randn(3, 6, 3, dim)
-            found = ops.attention_decode(query, keys, values, lengths, window=window)
-            assert torch.equal(found, ops.attention_decode(query, keys.float(), values.float(), lengths, window=window))
-            with ops.backend("reference"):
-                torch.testing.assert_close(
-                    found, ops.attention_decode(query, keys, values, lengths, window=window), rtol=1e-4, atol=1e-5
-                )
-            # What the comparison must notice: keys taken for others, and values rounded once more.
-            other = ops.attention_decode(query, keys.roll(1, 1), values, lengths, window=window)
-            assert not torch.allclose(found, other, rtol=1e-4, atol=1e-5)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_caches_of_two_dtypes_are_refused() -> None:
-    keys = torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="value_cache is float32"):
-        ops.attention_decode(torch.zeros(1, 1, 1, 8), keys, keys.float(), torch.tensor([1]))
-    with pytest.raises(ValueError, match="key is float64"):
-        ops.kv_append(keys, keys, torch.zeros(1, 1, 1, 8).double(), torch.zeros(1, 1, 1, 8).double(), torch.tensor([0]))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_cache_of_few_bytes_is_read_as_the_floats_it_stands_for(
+    isa: str, dtype: torch.dtype, window: int | None
+) -> None:
+    lengths = torch.tensor([300, 65, 3])
+    for dim, heads, tokens in ((3, 2, 3), (64, 6, 1), (64, 8, 1), (100, 6, 3)):
+        width = kv_width(dim, dtype)
+        if dtype is torch.int8:  # 255 everywhere: scales that are NaN, next to integers of -1
+            caches = [torch.full((3, 2, 300, width), -1, dtype=dtype) for _ in range(2)]
+        else:
+            caches = [torch.full((3, 2, 300, width), torch.nan, dtype=dtype) for _ in range(2)]
+        for row, length in enumerate(lengths.tolist()):
+            new = torch.randn(2, 1, 2, length, dim) * torch.rand(2, 1, 2, length, 1)
+            ops.kv_append(*caches, *new, torch.tensor([0]), rows=torch.tensor([row]))
+        query = torch.randn(3, heads, tokens, dim)
+        plain = [kv_read(cache, torch.float32) for cache in caches]
+        found = ops.attention_decode(query, *caches, lengths, window=window)
+        want = ops.attention_decode(query, *plain, lengths, window=window)
+        if dtype is torch.bfloat16:
+            assert torch.equal(found, want)
+        with ops.backend("reference"):
+            by_reference = ops.attention_decode(query, *caches, lengths, window=window)
+        for other in (want, by_reference):
+            torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-5)
+        # What the comparison must notice: keys taken for others, a scale forgotten.
+        wrong = [ops.attention_decode(query, caches[0].roll(1, 1), caches[1], lengths, window=window)]
+        if dtype is torch.int8:
+            forgotten = [cache[..., :-4] * 0.01 for cache in caches]
+            wrong += [
+                ops.attention_decode(query, forgotten[0], plain[1], lengths, window=window),
+                ops.attention_decode(query, plain[0], forgotten[1], lengths, window=window),
+            ]
+        for fault in wrong:
+            assert not torch.allclose(found, fault, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastlm import ops
+from fastlm.reference.kv_cache import kv_read
 
 
 def _expected(cache: Tensor, new: Tensor, starts: list[int], rows: list[int]) -> Tensor:
@@ -121,3 +122,34 @@ def test_a_bfloat16_cache_rounds_as_torch_does(backend: str) -> None:
         ops.kv_append(keys, values, new, new.flip(2), torch.tensor([0]))
     torch.testing.assert_close(keys, new.bfloat16(), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(values, new.flip(2).bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_int8_cache_holds_rounded_numbers_and_their_scale(isa: str) -> None:
+    new = torch.randn(2, 3, 50, 20) * torch.logspace(-20, 20, 50)[:, None]
+    new[0, 0, 0] = 0.0
+    new[0, 0, 1] = 1e-31  # below what has a scale
+    new[0, 0, 2, 3], new[0, 0, 3, 19], new[0, 0, 4, 0] = torch.nan, torch.inf, -torch.inf
+    new[0, 0, 5] = torch.arange(20) - 9.5
+    found = []
+    for backend in ("cpu", "reference"):
+        caches = [torch.full((2, 3, 50, 24), 7, dtype=torch.int8) for _ in range(2)]
+        with ops.backend(backend):
+            ops.kv_append(*caches, new, new.flip(3), torch.zeros(2, dtype=torch.int64))
+        found.append(caches)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a[..., :20], b[..., :20])
+        scales = [cache[..., 20:].contiguous().view(torch.float32) for cache in (a, b)]
+        torch.testing.assert_close(*scales, rtol=0, atol=0, equal_nan=True)
+    held = kv_read(found[0][0], torch.float32)
+    assert held[0, 0, 2:5].isnan().all() and held[0, 0, :2].eq(0).all() and held[0, 0, 5:].isfinite().all()
+    step = new.abs().amax(-1, keepdim=True) / 127
+    assert ((held - new).abs() <= step * 0.5001)[:, :, 5:].all()
+    assert not ((held - new).abs() <= step * 0.25)[:, :, 5:].all()
+
+
+def test_an_int8_cache_needs_room_for_its_scales() -> None:
+    cache, new = torch.zeros(1, 1, 4, 8, dtype=torch.int8), torch.zeros(1, 1, 1, 8)
+    with pytest.raises(ValueError, match="does not fit a cache"):
+        ops.kv_append(cache, cache.clone(), new, new, torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"key_cache is int8.* expected .* \[R, KVH, S, 12\]"):
+        ops.attention_decode(new, cache, cache, torch.tensor([1]))

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "fastlm/kv_append.h"
+
 namespace fastlm {
 
 constexpr int kAttentionDecodeMaxDim = 256;
@@ -17,7 +19,7 @@ struct AttentionDecode {
   int64_t cache_rows, positions;                // shape of the caches
   const float* query;                           // [batch, heads, tokens, dim]
   int64_t query_stride[3];
-  bool bfloats;                                 // keys and values are bfloat16, else float
+  KvType type;                                  // of keys and values
   const void* key;  // [cache_rows, kv_heads, positions, dim]; positions from a row's length on are not read
   int64_t key_stride[3];
   const void* value;  // as key; may be the same memory

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
+from fastlm.kernels.cpu.elementwise import KV_TYPES
 
 __all__ = ["attention_decode", "why_not"]
 
@@ -26,8 +27,8 @@ def why_not(
     """What the kernel can't do. Shapes and dtypes agree among each other already."""
     if native.CPU.module is None:
         return native.CPU.error
-    if query.dtype != torch.float32 or key_cache.dtype not in (torch.float32, torch.bfloat16):
-        return f"the query is {query.dtype}, the cache {key_cache.dtype}; the kernel takes float32, and bfloat16 caches"
+    if query.dtype != torch.float32 or key_cache.dtype not in KV_TYPES:
+        return f"the query is {query.dtype}, the cache {key_cache.dtype}; the kernel takes float32 queries"
     for tensor in (query, key_cache, value_cache, lengths, rows, alibi_slopes):
         if tensor is not None and not tensor.is_cpu:
             return f"a tensor is on {tensor.device}"
@@ -69,7 +70,7 @@ def attention_decode(
         query.data_ptr(),
         query.shape,
         query.stride(),
-        key_cache.dtype is torch.bfloat16,
+        KV_TYPES[key_cache.dtype],
         key_cache.data_ptr(),
         key_cache.shape,
         key_cache.stride(),

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from fastlm.kernels import native
 
-__all__ = ["add", "copy_rows", "kv_append", "offset"]
+__all__ = ["KV_TYPES", "add", "copy_rows", "kv_append", "offset"]
+
+KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""The dtypes of a key-value cache and their numbers in csrc/include/fastlm/kv_append.h."""
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -57,7 +60,7 @@ def offset(
 
 
 def kv_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: Tensor, rows: Tensor | None) -> None:
-    """Writes float32 key, value [B, KVH, T, D] to float32 or bfloat16 caches [R, KVH, S, D]; see `ops.kv_append`."""
+    """Writes float32 key, value [B, KVH, T, D] to caches [R, KVH, S, D] of any kind; see `ops.kv_append`."""
     key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
     native.CPU.require().kv_append(
         key.shape,
@@ -66,7 +69,7 @@ def kv_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: 
         value.data_ptr(),
         value.stride(),
         keys.shape,
-        keys.dtype is torch.bfloat16,
+        KV_TYPES[keys.dtype],
         keys.data_ptr(),
         keys.stride(),
         values.data_ptr(),
