@@ -72,7 +72,7 @@ def test_a_cache_of_fewer_bytes_is_replayed(kv_dtype: torch.dtype) -> None:
 
 
 def test_a_cache_that_the_model_cannot_have_is_refused() -> None:
-    with pytest.raises(ValueError, match="kv_dtype: torch.float16 for a model that computes in torch.float32"):
+    with pytest.raises(ValueError, match=r"kv_dtype: torch\.float16 for a model that computes in torch\.float32"):
         Decoder(spread(llama), PROMPTS, SamplingParams(), kv_dtype=torch.float16)
     with pytest.raises(ValueError, match="a recurrent model has no KV cache"):
         LanguageModel(spread(lstm), kv_dtype=torch.int8)
