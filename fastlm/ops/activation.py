@@ -9,7 +9,14 @@ from torch.nn import functional
 from fastlm.kernels import native
 from fastlm.kernels.cpu import activation as kernel
 from fastlm.ops.checks import describe
-from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing
+from fastlm.ops.library import (
+    autograd_by_reference,
+    needs_grad,
+    opaque_kernel_why_not,
+    tracing,
+    triton_float_why_not,
+    triton_kernel,
+)
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import activation as reference
 
@@ -26,6 +33,7 @@ GELU = Op(
     "gelu",
     [
         Implementation("cpu", lambda input: kernel.activation("gelu", input), _cpu_why_not),
+        Implementation("triton", triton_kernel("activation", "gelu"), triton_float_why_not),
         Implementation("torch", lambda input: functional.gelu(input, approximate="tanh"), always),
         Implementation("reference", reference.gelu, always),
     ],
@@ -34,6 +42,7 @@ SWIGLU = Op(
     "swiglu",
     [
         Implementation("cpu", lambda gate, up: kernel.activation("silu", gate, up), _cpu_why_not),
+        Implementation("triton", triton_kernel("activation", "swiglu"), triton_float_why_not),
         Implementation("torch", lambda gate, up: functional.silu(gate) * up, always),
         Implementation("reference", reference.swiglu, always),
     ],

