@@ -1,4 +1,5 @@
-// A test framework of one page: FASTLM_TEST(name) { CHECK(...); } registers a test; main() in main.cpp runs them all.
+// A test framework of one page: FASTLM_TEST(name) { CHECK(...); } registers a test, FASTLM_TEST_ONCE one that is the same
+// at every instruction-set level; main() in main.cpp runs them all.
 #pragma once
 
 #include <cstdio>
@@ -10,6 +11,7 @@ namespace check {
 struct Test {
   const char* name;
   void (*run)();
+  bool once;
 };
 
 inline std::vector<Test>& tests() {
@@ -21,15 +23,17 @@ inline int& failures() {
   return count;
 }
 struct Register {
-  Register(const char* name, void (*run)()) { tests().push_back({name, run}); }
+  Register(const char* name, void (*run)(), bool once) { tests().push_back({name, run, once}); }
 };
 
 }  // namespace check
 
-#define FASTLM_TEST(name)                              \
-  static void name();                                  \
-  static check::Register register_##name(#name, name); \
+#define FASTLM_REGISTER(name, once)                          \
+  static void name();                                        \
+  static check::Register register_##name(#name, name, once); \
   static void name()
+#define FASTLM_TEST(name) FASTLM_REGISTER(name, false)
+#define FASTLM_TEST_ONCE(name) FASTLM_REGISTER(name, true)
 
 #define CHECK(condition)                                                           \
   do {                                                                             \
