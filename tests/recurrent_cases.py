@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,15 @@ from torch.nn.utils.rnn import pack_sequence
 from fastlm import ops
 from fastlm.ops.gru import GRU
 from fastlm.ops.lstm import LSTM
+from fastlm.ops.lstm_variants import LSTM_VARIANT
 from fastlm.ops.recurrent import SequenceOp
 from fastlm.ops.rnn import RNN
 from fastlm.reference import gru, lstm, rnn
-from fastlm.reference.recurrent import Layer, sequence
+from fastlm.reference.recurrent import Layer, Noise, sequence
 
-SEQUENCES: dict[str, SequenceOp] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
-REFERENCES: dict[str, Any] = {"lstm": lstm.lstm, "gru": gru.gru, "rnn": rnn.rnn}
-GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+SEQUENCES: dict[str, SequenceOp] = {"lstm": LSTM, "lstm_variant": LSTM_VARIANT, "gru": GRU, "rnn": RNN}
+REFERENCES: dict[str, Any] = {"lstm": lstm.lstm, "lstm_variant": lstm.lstm, "gru": gru.gru, "rnn": rnn.rnn}
+GATES = {"lstm": 4, "lstm_variant": 4, "gru": 3, "rnn": 1}
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,29 @@ class Case:
     proj_size: int = 0
     lengths: tuple[int, ...] | None = None  # packed input with rows of these lengths
     nonlinearity: str = "tanh"
+    layer_norm: bool = False  # these two of op "lstm_variant"
+    noise: str = ""  # d: dropout, h: zoneout of h, c: of c, e: zoneout's expectation for both
 
     @property
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
 
     @property
-    def extra(self) -> tuple[str, ...]:
-        return (self.nonlinearity,) if self.op == "rnn" else ()
+    def extra(self) -> tuple[Any, ...]:
+        return {"rnn": (self.nonlinearity,), "lstm_variant": (self.layer_norm,)}.get(self.op, ())
+
+    @property
+    def states(self) -> int:
+        return 2 if self.op.startswith("lstm") else 1
 
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the public op."""
         wanted = {"num_layers": self.num_layers, "bidirectional": self.bidirectional, "bias": self.bias}
         wanted["batch_first"] = self.batch_first
-        if self.op == "lstm":
+        if self.states == 2:
             wanted["proj_size"] = self.proj_size
+        if self.op == "lstm_variant":
+            wanted["layer_norm"] = self.layer_norm
         return wanted | ({"nonlinearity": self.nonlinearity} if self.op == "rnn" else {})
 
     def __str__(self) -> str:
@@ -70,13 +79,16 @@ class Inputs:
     weights: list[Tensor]
     batch_sizes: Tensor | None
     grads: list[Tensor]
+    noise: list[Tensor | None] = field(default_factory=list)
 
     def to(self, dtype: torch.dtype) -> Inputs:
         def cast(tensors: list[Tensor]) -> list[Tensor]:
             return [t.detach().to(dtype).requires_grad_() for t in tensors]
 
         (x,) = cast([self.input])
-        return Inputs(x, cast(self.states), cast(self.weights), self.batch_sizes, [g.to(dtype) for g in self.grads])
+        noise = [None if n is None else n.to(dtype) for n in self.noise]
+        grads = [g.to(dtype) for g in self.grads]
+        return Inputs(x, cast(self.states), cast(self.weights), self.batch_sizes, grads, noise)
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -93,6 +105,9 @@ def make_inputs(case: Case) -> Inputs:
             weights += [normal(gates * hidden, width) / width**0.5, normal(gates * hidden, out) / out**0.5]
             weights += [normal(gates * hidden), normal(gates * hidden)] if case.bias else []
             weights += [normal(case.proj_size, hidden) / hidden**0.5] if case.proj_size else []
+            if case.layer_norm:
+                weights += [1 + normal(size) / 4 for size in (gates * hidden, gates * hidden, hidden)]
+                weights += [normal(hidden) / 4] if case.bias else []
         width = out * case.directions
     batch_sizes = None
     if case.lengths is None:
@@ -102,28 +117,44 @@ def make_inputs(case: Case) -> Inputs:
         batch = len(case.lengths)
         packed = pack_sequence([normal(length, case.width) for length in sorted(case.lengths, reverse=True)])
         x, batch_sizes = packed.data, packed.batch_sizes
-    sizes = [out, hidden] if case.op == "lstm" else [hidden]
+    sizes = [out, hidden][: case.states]
     states = [normal(case.num_layers * case.directions, batch, size) for size in sizes]
     grads = [normal(*x.shape[:-1], out * case.directions), *(normal(*s.shape) for s in states)]
-    return Inputs(x, states, weights, batch_sizes, grads)
+    return Inputs(x, states, weights, batch_sizes, grads, _noise(case, states, x.shape[:-1].numel()))
+
+
+def _noise(case: Case, states: list[Tensor], rows: int) -> list[Tensor | None]:
+    """The mask and shares of a variant. Shares are anything from 0 to 1, which no error in them hides behind."""
+    if case.op != "lstm_variant":
+        return []
+
+    def shares(letter: str, state: Tensor) -> Tensor | None:
+        size = (state.shape[0], rows, state.shape[2])
+        if "e" in case.noise:
+            return torch.full((), 0.3, dtype=torch.float64).expand(size)
+        return torch.rand(size, dtype=torch.float64) if letter in case.noise else None
+
+    mask = torch.randint(0, 2, states[0].shape).double() * 1.5 if "d" in case.noise else None
+    return [mask, shares("h", states[0]), shares("c", states[1])]
 
 
 Run = Callable[[Case, Inputs], list[Tensor]]
 
 
 def call(case: Case, inputs: Inputs) -> list[Tensor]:
-    """[output, *states] of the public op."""
-    hx = tuple(inputs.states) if case.op == "lstm" else inputs.states[0]
+    """[output, *states] of the public op; of a variant with the noise that is given."""
+    hx = tuple(inputs.states) if case.states == 2 else inputs.states[0]
     function = getattr(ops, case.op)
-    output, final = function(inputs.input, hx, inputs.weights, batch_sizes=inputs.batch_sizes, **case.kwargs())
-    return [output, *(final if case.op == "lstm" else (final,))]
+    noise = dict(zip(("dropout_mask", "zoneout_h", "zoneout_c"), inputs.noise, strict=False))
+    output, final = function(inputs.input, hx, inputs.weights, batch_sizes=inputs.batch_sizes, **case.kwargs(), **noise)
+    return [output, *(final if case.states == 2 else (final,))]
 
 
 def run_reference(case: Case, inputs: Inputs) -> list[Tensor]:
     """[output, *states] of fastlm.reference."""
     layout = (case.num_layers, case.bidirectional, case.batch_first, case.bias)
     output, states = REFERENCES[case.op](
-        inputs.input, tuple(inputs.states), inputs.weights, inputs.batch_sizes, *layout, 0.0, *case.extra
+        inputs.input, tuple(inputs.states), inputs.weights, inputs.batch_sizes, *layout, 0.0, *case.extra, *inputs.noise
     )
     return [output, *states]
 
@@ -134,15 +165,21 @@ def run_layer(layer: Layer) -> Run:
     def run(case: Case, inputs: Inputs) -> list[Tensor]:
         layout = (case.num_layers, case.bidirectional, case.batch_first, case.bias)
         output, states = sequence(
-            layer, inputs.input, tuple(inputs.states), inputs.weights, inputs.batch_sizes, *layout, 0.0
-        )
+            layer, inputs.input, tuple(inputs.states), inputs.weights, inputs.batch_sizes, *layout, 0.0,
+            case.layer_norm, Noise(*inputs.noise),
+        )  # fmt: skip
         return [output, *states]
 
     return run
 
 
 def run_torch(case: Case, inputs: Inputs) -> list[Tensor]:
-    """[output, *states] of torch's operator, called here by hand so that nothing of fastlm is in the way."""
+    """[output, *states] of torch's operator, called here by hand so that nothing of fastlm is in the way.
+
+    Of variants, which torch has not, the reference's.
+    """
+    if case.op == "lstm_variant":
+        return run_reference(case, inputs)
     function = {"lstm": _VF.lstm, "gru": _VF.gru, "rnn": getattr(_VF, f"rnn_{case.nonlinearity}")}[case.op]
     hx = inputs.states if case.op == "lstm" else inputs.states[0]
     options = (inputs.weights, case.bias, case.num_layers, 0.0, False, case.bidirectional)
@@ -178,19 +215,22 @@ def inference(case: Case, inputs: Inputs, run: Run = call) -> dict[str, Tensor]:
         return dict(zip(["output", "h_n", "c_n"], run(case, inputs), strict=False))
 
 
-def compare(case: Case, fast: Run, *, floor: float = 1e-6) -> None:
+def compare(case: Case, fast: Run, *, floor: float = 1e-6, least: float = 0.0) -> None:
     """Asserts the design's bound for every output and gradient of `fast` in float32, with and without gradients.
 
     Over thousands of random cases a floor of 1e-6 would fail a few: among a handful of numbers whose terms cancel,
-    torch is sometimes lucky. Those pass 1e-5; a fault is off by a hundred times more at least.
+    torch is sometimes lucky. Those pass 1e-5; a fault is off by a hundred times more at least. The floor is relative to
+    the result's magnitude or to `least`, whichever is greater.
     """
     single = make_inputs(case).to(torch.float32)
     exact = named_results(case, single.to(torch.float64), run_reference)
     same_dtype = named_results(case, single, run_torch)
     for results in (named_results(case, single, fast), inference(case, single, fast)):
         for name, result in results.items():
+            magnitude = float(exact[name].abs().max()) if exact[name].numel() else 0.0
+            relative = floor * max(1.0, least / magnitude) if magnitude else floor
             try:
-                assert_close_to_reference(result, same_dtype[name], exact[name], floor=floor)
+                assert_close_to_reference(result, same_dtype[name], exact[name], floor=relative)
             except AssertionError as error:
                 raise AssertionError(f"{case}: {name}: {error}") from None
 
@@ -274,14 +314,17 @@ def cases(op: str) -> list[Case]:
 
 @strategies.composite
 def any_case(draw: Any, op: str) -> Case:
-    """Any shape and layout."""
-    hidden = draw(strategies.integers(1, 40))
+    """Any shape, layout and variant."""
+    variant = op == "lstm_variant"
+    layer_norm = variant and draw(strategies.booleans())
+    # Where the variance of a few units nears zero, normalisation makes of any error anything.
+    hidden = draw(strategies.integers(8 if layer_norm else 1, 40))
     lengths = draw(strategies.none() | strategies.lists(strategies.integers(1, 6), min_size=1, max_size=6))
     return Case(
         op=op,
         steps=draw(strategies.integers(1, 6)),
         batch=draw(strategies.integers(1, 6)),
-        width=draw(strategies.integers(1, 20)),
+        width=draw(strategies.integers(2 if layer_norm else 1, 20)),
         hidden=hidden,
         num_layers=draw(strategies.integers(1, 2)),
         bidirectional=draw(strategies.booleans()),
@@ -289,6 +332,8 @@ def any_case(draw: Any, op: str) -> Case:
         bias=draw(strategies.booleans()),
         proj_size=draw(strategies.integers(0, min(hidden - 1, 9))) if op == "lstm" else 0,
         lengths=None if lengths is None else tuple(lengths),
+        layer_norm=layer_norm,
+        noise=draw(strategies.sampled_from(["", "d", "h", "c", "e", "dhc"])) if variant else "",
     )
 
 

@@ -13,6 +13,7 @@
 #include "fastlm/layer_norm.h"
 #include "fastlm/linear.h"
 #include "fastlm/lstm.h"
+#include "fastlm/lstm_variants.h"
 #include "fastlm/math.h"
 #include "fastlm/pack.h"
 #include "fastlm/recurrent.h"
@@ -50,6 +51,11 @@
     (b, h, p, project, save))                                                       \
   X(void, lstm_backward, (const LstmBackward& a), (a))                              \
   X(int64_t, lstm_backward_scratch, (int64_t b, int64_t h, int64_t p, bool project), (b, h, p, project)) \
+  X(void, lstm_variant_forward, (const LstmVariantForward& a), (a))                \
+  X(int64_t, lstm_variant_forward_scratch, (int64_t n, int64_t b, int64_t h, bool norm, bool save), \
+    (n, b, h, norm, save))                                                          \
+  X(void, lstm_variant_backward, (const LstmVariantBackward& a), (a))              \
+  X(int64_t, lstm_variant_backward_scratch, (int64_t b, int64_t h, bool norm), (b, h, norm)) \
   X(void, lstm_cell, (const LstmCell& a), (a))                                      \
   X(void, recurrent_forward, (const RecurrentForward& a), (a))                      \
   X(int64_t, recurrent_forward_scratch, (RecurrentCell cell, int64_t n, int64_t b, int64_t h), (cell, n, b, h))

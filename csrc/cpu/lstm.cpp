@@ -163,27 +163,8 @@ class Backward {
   }
 
  private:
-  // The part of the recurrence's own order: the step before is the one after in this walk.
-  static Rows before(const Walk& step, const float* states, const float* initial, int64_t width) {
-    return {states + step.begin_after() * width, initial, step.rows_after(), width};
-  }
-
   static int64_t columns_in(int64_t p, int64_t columns) {
     return columns - p * kPanel < kPanel ? columns - p * kPanel : kPanel;
-  }
-
-  // to = from (0 where it is null) in the columns of the panels `own`.
-  static void copy_columns(Range own, int64_t rows, int64_t columns, const float* from, int64_t from_stride, float* to,
-                           int64_t to_stride) {
-    for (int64_t p = own.begin; p < own.end; ++p) {
-      const int64_t at = p * kPanel, bytes = columns_in(p, columns) * static_cast<int64_t>(sizeof(float));
-      for (int64_t i = 0; i < rows; ++i) {
-        if (from == nullptr)
-          std::memset(to + i * to_stride + at, 0, bytes);
-        else
-          std::memcpy(to + i * to_stride + at, from + i * from_stride + at, bytes);
-      }
-    }
   }
 
   // dh = what is carried + the output's own; with a projection also kept for the gradient of W_hr.
@@ -200,7 +181,7 @@ class Backward {
 
   void save_previous(const Walk& step, int64_t p) {
     const int64_t at = p * kPanel, n = columns_in(p, a.outputs);
-    const Rows h = before(step, a.output, a.h0, a.outputs);
+    const Rows h = backward_state(step, a.output, a.h0, a.outputs);
     for (int64_t i = 0; i < step.rows(); ++i)
       std::memcpy(a.previous + (step.begin + i) * a.outputs + at, h[i] + at, n * sizeof(float));
   }
@@ -215,7 +196,7 @@ class Backward {
       grad_h = full_;
       stride = full_stride_;
     }
-    const Rows c_before = before(step, a.cells, a.c0, a.hidden);
+    const Rows c_before = backward_state(step, a.cells, a.c0, a.hidden);
     for (int64_t at = p * kPanel; at < (p + 1) * kPanel && at < a.hidden; at += kLanes) {
       const int n = lanes_left(a.hidden, at);
       const float* gates = a.gates + (at / kLanes * total_ + step.begin) * kPanel;

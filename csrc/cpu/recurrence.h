@@ -1,6 +1,8 @@
 // What recurrent layers have in common: the walk over the steps of a packed sequence and the order of the panels.
 #pragma once
 
+#include <cstring>
+
 #include "gemm_panel.h"
 #include "threads.h"
 
@@ -79,6 +81,24 @@ class Walk {
 // begin here.
 FASTLM_INLINE Rows state_before(const Walk& step, const float* states, const float* initial, int64_t width) {
   return {states + step.begin_before() * width, initial, step.rows_before(), width};
+}
+
+// The same in a walk against the recurrence, where the step before is the one after.
+FASTLM_INLINE Rows backward_state(const Walk& step, const float* states, const float* initial, int64_t width) {
+  return {states + step.begin_after() * width, initial, step.rows_after(), width};
+}
+
+// to = from (0 where it is null) in the columns of the panels `own`.
+static inline void copy_columns(Range own, int64_t rows, int64_t columns, const float* from, int64_t from_stride,
+                                float* to, int64_t to_stride) {
+  const int64_t low = own.begin * kPanel, high = own.end * kPanel < columns ? own.end * kPanel : columns;
+  if (low >= high) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (from == nullptr)
+      std::memset(to + i * to_stride + low, 0, (high - low) * sizeof(float));
+    else
+      std::memcpy(to + i * to_stride + low, from + i * from_stride + low, (high - low) * sizeof(float));
+  }
 }
 
 // Takes the steps in chunks: inputs(low, high) for the rows [low, high) of some steps together, then step(walk, low)

@@ -1,11 +1,14 @@
 #include "bindings.h"
 
+#include <map>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "fastlm/isa.h"
 #include "fastlm/lstm.h"
+#include "fastlm/lstm_variants.h"
 #include "fastlm/pack.h"
 #include "fastlm/recurrent.h"
 
@@ -102,6 +105,74 @@ void cell(int64_t batch, int64_t inputs, int64_t hidden, address input, address 
                       threads});
 }
 
+// The tensors of a variant, by the names of the native structures' members; those not given are null.
+class Addresses {
+ public:
+  explicit Addresses(std::map<std::string, address> given) : given_(std::move(given)) {}
+  operator const float*() { return take(); }
+  operator float*() { return take(); }
+  Addresses& operator[](const char* name) {
+    name_ = name;
+    return *this;
+  }
+  void check_all_known() const {
+    if (!given_.empty()) throw std::invalid_argument("lstm_variant: there is no tensor named " + given_.begin()->first);
+  }
+
+ private:
+  float* take() {
+    const auto found = given_.find(name_);
+    if (found == given_.end()) return nullptr;
+    float* const value = pointer<float>(found->second);
+    given_.erase(found);
+    return value;
+  }
+  std::map<std::string, address> given_;
+  const char* name_ = "";
+};
+
+LstmVariant variant_of(Addresses& t, int64_t zoneout_stride) {
+  return {t["dropout"], t["zoneout_h"], t["zoneout_c"], zoneout_stride,
+          t["ln_ih"],   t["ln_hh"],     t["ln_c"],      t["ln_c_bias"]};
+}
+
+void variant_forward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t inputs,
+                     int64_t hidden, bool reverse, int64_t zoneout_stride, std::map<std::string, address> tensors,
+                     int threads) {
+  refuse_recording("lstm_variant_forward");
+  check_batch_sizes(batch_sizes, rows, batch);
+  check(inputs >= 1 && hidden >= 1, "lstm_variant: sizes must be positive");
+  Addresses t(std::move(tensors));
+  LstmVariantForward args = {static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
+                             variant_of(t, zoneout_stride), t["input"], t["w_ih"], t["w_hh"], t["bias"], t["h0"],
+                             t["c0"], t["h0_dropped"], reverse, t["output"], t["h_n"], t["c_n"], t["dropped"],
+                             t["gates"], t["cells"], t["raw_ih"], t["raw_hh"], t["stats"], nullptr, threads};
+  t.check_all_known();
+  const int64_t floats = lstm_variant_forward_scratch(rows, batch, hidden, args.variant.ln_ih != nullptr,
+                                                      args.gates != nullptr);
+  args.scratch = static_cast<float*>(scratch(floats * sizeof(float)));
+  py::gil_scoped_release unlocked;
+  lstm_variant_forward(args);
+}
+
+void variant_backward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t hidden,
+                      bool reverse, int64_t zoneout_stride, std::map<std::string, address> tensors, int threads) {
+  refuse_recording("lstm_variant_backward");
+  check_batch_sizes(batch_sizes, rows, batch);
+  check(hidden >= 1, "lstm_variant: sizes must be positive");
+  Addresses t(std::move(tensors));
+  LstmVariantBackward args = {
+      static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), hidden, variant_of(t, zoneout_stride), t["w_hh"],
+      t["h0_dropped"], t["c0"], reverse, t["output"], t["dropped"], t["gates"], t["cells"], t["raw_hh"], t["stats"],
+      t["grad_output"], t["grad_h_n"], t["grad_c_n"], t["grad_gates"], t["grad_raw_hh"], t["grad_ln_hh"],
+      t["grad_ln_c"], t["grad_ln_c_bias"], t["previous"], t["grad_h0"], t["grad_c0"], nullptr, threads};
+  t.check_all_known();
+  const int64_t floats = lstm_variant_backward_scratch(batch, hidden, args.variant.ln_ih != nullptr);
+  args.scratch = static_cast<float*>(scratch(floats * sizeof(float)));
+  py::gil_scoped_release unlocked;
+  lstm_variant_backward(args);
+}
+
 void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
                int64_t inputs, int64_t hidden, bool reverse, address input, address w_ih, address w_hh, address bias,
                address h0, address output, address h_n, int threads) {
@@ -135,6 +206,8 @@ void bind_lstm(py::module_& m) {
   m.def("lstm_backward", &backward);
   m.def("lstm_backward_scratch", &lstm_backward_scratch);
   m.def("lstm_cell", &cell);
+  m.def("lstm_variant_forward", &variant_forward);
+  m.def("lstm_variant_backward", &variant_backward);
   py::enum_<RecurrentCell>(m, "RecurrentCell")
       .value("gru", RecurrentCell::gru)
       .value("tanh", RecurrentCell::tanh)

@@ -91,7 +91,21 @@ class _Sequence(torch.nn.RNNBase):
 
 
 class LSTM(_Sequence):
-    """`torch.nn.LSTM` over `fastlm.ops.lstm`: the same constructor, parameters, inputs, outputs and errors."""
+    """`torch.nn.LSTM` over `fastlm.ops.lstm`: the same constructor, parameters, inputs, outputs and errors.
+
+    Three variants besides, formulas and papers in `ops.lstm`, which combine with all else and with each other:
+
+    Args:
+        layer_norm: normalises W_ih x, W_hh h and c on its way to h. Each layer and direction then has the gains
+            `weight_ln_ih_l0`, `weight_ln_hh_l0` [4H] and `weight_ln_c_l0` [H], ones at first, and with `bias`
+            `bias_ln_c_l0` [H], zeros.
+        recurrent_dropout: in training, probability of zeroing an element of h before W_hh; one mask for each sequence.
+        zoneout: probability with which an element of h and of c stays as it was, or a pair of them, for h and for c; in
+            evaluation the new states are the expectation.
+
+    Raises:
+        ValueError: `recurrent_dropout` or `zoneout` is no probability.
+    """
 
     _torch = torch.nn.LSTM
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
@@ -110,11 +124,65 @@ class LSTM(_Sequence):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        layer_norm: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
     ) -> None:
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device, dtype,
         )  # fmt: skip
+        self.layer_norm = layer_norm
+        self.recurrent_dropout = recurrent_dropout
+        self.zoneout = (zoneout, zoneout) if isinstance(zoneout, (int, float)) else zoneout
+        for name, p in (
+            ("recurrent_dropout", recurrent_dropout),
+            ("zoneout", max(self.zoneout)),
+            ("zoneout", min(self.zoneout)),
+        ):
+            if not 0 <= p <= 1:
+                raise ValueError(f"LSTM: {name} is {p}, expected a probability")
+        if layer_norm:
+            self._add_norms(device, dtype)
+
+    def _add_norms(self, device: Any, dtype: Any) -> None:
+        """The parameters of layer normalisation, each layer's and direction's after its others."""
+        shapes = {"weight_ln_ih": 4 * self.hidden_size, "weight_ln_hh": 4 * self.hidden_size}
+        shapes |= {"weight_ln_c": self.hidden_size} | ({"bias_ln_c": self.hidden_size} if self.bias else {})
+        for names in self._all_weights:
+            suffix = names[0].removeprefix("weight_ih")
+            for name, size in shapes.items():
+                self.register_parameter(
+                    name + suffix, torch.nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+                )
+                names.append(name + suffix)
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+        self._reset_norms()
+
+    def reset_parameters(self) -> None:
+        """As `torch.nn.LSTM`'s; gains are ones, and the bias of c's normalisation zeros."""
+        super().reset_parameters()
+        self._reset_norms()
+
+    def _reset_norms(self) -> None:
+        for name, parameter in self.named_parameters():
+            if "_ln_" in name:
+                torch.nn.init.constant_(parameter, float(name.startswith("weight")))
+
+    def flatten_parameters(self) -> None:
+        """As `torch.nn.LSTM`'s: for cuDNN, which knows no layer normalisation."""
+        if not getattr(self, "layer_norm", False):
+            super().flatten_parameters()
+
+    def extra_repr(self) -> str:
+        """As `torch.nn.LSTM`'s, and the variants."""
+        shown = super().extra_repr()
+        for name, default in (("layer_norm", False), ("recurrent_dropout", 0.0), ("zoneout", (0.0, 0.0))):
+            if getattr(self, name) != default:
+                shown += f", {name}={getattr(self, name)}"
+        return shown
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As `torch.nn.LSTM`'s."""
@@ -123,7 +191,10 @@ class LSTM(_Sequence):
             and not torch.is_grad_enabled()
             and isinstance(input, Tensor)
             and self.num_layers == 1
-            and not (self.bidirectional or self.proj_size)
+            and not (
+                self.bidirectional or self.proj_size or self.layer_norm or (self.training and self.recurrent_dropout)
+            )
+            and self.zoneout == (0.0, 0.0)
         ):
             found = streaming_step(input, hx, self._weights(), self.batch_first)
             if found is not None:
@@ -156,6 +227,9 @@ class LSTM(_Sequence):
             proj_size=self.proj_size,
             bias=self.bias,
             batch_sizes=batch_sizes,
+            layer_norm=self.layer_norm,
+            recurrent_dropout=self.recurrent_dropout,
+            zoneout=self.zoneout,
         )
 
 

@@ -10,6 +10,7 @@ from fastlm.ops.kv_cache import kv_append, offset
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear import linear, linear_group
 from fastlm.ops.lstm import lstm, lstm_cell
+from fastlm.ops.lstm_variants import lstm_variant
 from fastlm.ops.quantized import QuantizedTensor
 from fastlm.ops.registry import Explanation, backend, explain
 from fastlm.ops.rms_norm import rms_norm
@@ -35,6 +36,7 @@ __all__ = [
     "linear_group",
     "lstm",
     "lstm_cell",
+    "lstm_variant",
     "offset",
     "rms_norm",
     "rnn",

@@ -13,6 +13,7 @@ from fastlm.kernels import cuda, native
 from fastlm.kernels.cpu import lstm as kernel
 from fastlm.ops.checks import refuse
 from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing, undisturbed
+from fastlm.ops.lstm_variants import LSTM_VARIANT
 from fastlm.ops.recurrent import SequenceOp, check_cell, torch_sequence
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import lstm as reference
@@ -222,28 +223,53 @@ def lstm(
     proj_size: int = 0,
     bias: bool = True,
     batch_sizes: Tensor | None = None,
+    layer_norm: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """i, f, o = sigmoid(...), g = tanh(W_ig x + b_ig + W_hg h + b_hg), c' = f * c + i * g, h' = o * tanh(c').
 
     Hochreiter & Schmidhuber, 1997, https://doi.org/10.1162/neco.1997.9.8.1735, as `torch.nn.LSTM`; with `proj_size`
-    h' is multiplied by W_hr (Sak et al., 2014, https://arxiv.org/abs/1402.1128).
+    h' is multiplied by W_hr (Sak et al., 2014, https://arxiv.org/abs/1402.1128). The formulas of the last three
+    arguments, which combine freely, are those of `reference.lstm.lstm_cell`.
 
     Args:
         input: [T, B, I]; [B, T, I] where `batch_first`; [N, I] with `batch_sizes`. Any floating dtype.
         hx: h0 [num_layers * D, B, P] and c0 [num_layers * D, B, H], where D is 2 if `bidirectional`, else 1, and P is
             `proj_size`, or H where that is 0.
         weights: in the order of `torch.nn.LSTM`: for each layer and direction w_ih [4H, I], w_hh [4H, P], with `bias`
-            b_ih [4H], b_hh [4H], and with `proj_size` w_hr [P, H]; the gates in the order i, f, g, o.
+            b_ih [4H], b_hh [4H], and with `proj_size` w_hr [P, H]; the gates in the order i, f, g, o. With `layer_norm`
+            then the gains ln_ih [4H], ln_hh [4H], ln_c [H] and, with `bias`, ln_c_bias [H].
         dropout: probability of zeroing an element of each layer's output but the last's, where `training`.
         batch_sizes: of a PackedSequence, int64 [T] on the CPU: rows still running at each time, longest first.
+        layer_norm: normalises W_ih x, W_hh h, and c on its way to h (Ba et al., 2016, https://arxiv.org/abs/1607.06450).
+        recurrent_dropout: where `training`, probability of zeroing an element of h before W_hh, the same ones at every
+            step (Gal & Ghahramani, 2016, https://arxiv.org/abs/1512.05287).
+        zoneout: probabilities with which an element of h, and of c, stays as it was; outside of `training` their
+            expectation (Krueger et al., 2017, https://arxiv.org/abs/1606.01305).
 
     Returns:
         output, like `input` with D * P in the last dimension, and (h_n, c_n), like `hx`.
 
     Raises:
-        ValueError: a shape or dtype does not fit, the sequence is empty, or `batch_sizes` are inconsistent.
+        ValueError: a shape or dtype does not fit, the sequence is empty, `batch_sizes` are inconsistent, or a
+            probability is none.
     """
     dropout = dropout if training else 0.0
+    recurrent_dropout = recurrent_dropout if training else 0.0
+    if layer_norm or recurrent_dropout or zoneout != (0.0, 0.0):
+        for name, p in (("recurrent_dropout", recurrent_dropout), ("zoneout", zoneout[0]), ("zoneout", zoneout[1])):
+            if not 0 <= p <= 1:
+                raise ValueError(f"lstm: {name} is {p}, expected a probability")
+
+        def draw(input: Tensor, states: States) -> Sequence[Any]:
+            return reference.draw_noise(input.shape[:-1].numel(), states, recurrent_dropout, zoneout, training)
+
+        output, (h_n, c_n) = LSTM_VARIANT(
+            input, tuple(hx), weights, batch_sizes, num_layers, bidirectional, batch_first, bias, dropout, proj_size,
+            layer_norm, layer_norm=layer_norm, draw=draw,
+        )  # fmt: skip
+        return output, (h_n, c_n)
     output, (h_n, c_n) = LSTM(
         input, tuple(hx), weights, batch_sizes, num_layers, bidirectional, batch_first, bias, dropout, proj_size
     )

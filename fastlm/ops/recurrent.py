@@ -126,13 +126,21 @@ class SequenceOp:
         dropout: float,
         proj_size: int,
         *extra: Any,
+        layer_norm: bool = False,
+        draw: Callable[[Tensor, States], Sequence[Any]] | None = None,
     ) -> tuple[Tensor, States]:
-        """Checks the arguments, then runs an implementation. `proj_size` is for the checks alone."""
+        """Checks the arguments, then runs an implementation.
+
+        `proj_size` and `layer_norm` are for the checks alone; `draw` gives what comes after `extra`, from the checked
+        input and states.
+        """
         if weights and input.dtype != weights[0].dtype and torch.is_autocast_enabled(input.device.type):
             input = input.to(weights[0].dtype)
             states = tuple(s.to(weights[0].dtype) for s in states)
         layout = (num_layers, bidirectional, batch_first, bias)
-        self._check(input, states, weights, batch_sizes, *layout, dropout, proj_size)
+        self._check(input, states, weights, batch_sizes, *layout, dropout, proj_size, layer_norm)
+        if draw is not None:
+            extra = (*extra, *draw(input, states))
         if tracing():
             return self._traced(input, states, weights, batch_sizes, *layout, dropout, *extra)
         if batch_sizes is not None:
@@ -151,11 +159,12 @@ class SequenceOp:
         bias: bool,
         dropout: float,
         proj_size: int,
+        layer_norm: bool,
     ) -> None:
         if num_layers < 1:
             raise ValueError(f"{self.name}: num_layers is {num_layers}, expected at least 1")
         directions = 2 if bidirectional else 1
-        count = num_layers * directions * (2 + 2 * bias + (proj_size != 0))
+        count = num_layers * directions * (2 + 2 * bias + (proj_size != 0) + (3 + bias) * layer_norm)
         if len(weights) != count:
             raise ValueError(f"{self.name}: weights has {len(weights)} tensors, expected {count}")
         rows = weights[0].shape[0]
@@ -170,10 +179,11 @@ class SequenceOp:
         out = proj_size or hidden
         biases = ((rows,), (rows,)) if bias else ()
         projection = ((out, hidden),) if proj_size else ()
+        norms = ((rows,), (rows,), *[(hidden,)] * (1 + bias)) if layer_norm else ()
         dtype = input.dtype
         position = 0
         for _ in range(num_layers):
-            shapes = ((rows, width), (rows, out), *biases, *projection)
+            shapes = ((rows, width), (rows, out), *biases, *projection, *norms)
             for _ in range(directions):
                 for shape in shapes:
                     weight = weights[position]
@@ -235,9 +245,14 @@ class SequenceOp:
         for index in range(num_layers):
             if index:
                 input = functional.dropout(input, dropout)
-            part = [s[index * directions : (index + 1) * directions] for s in states]
+            own = slice(index * directions, (index + 1) * directions)  # of what has layers as its first dimension
             input, *final = self.custom(
-                input, part, weights[index * size : (index + 1) * size], batch_sizes, 1, *layout
+                input,
+                [s[own] for s in states],
+                weights[index * size : (index + 1) * size],
+                batch_sizes,
+                1,
+                *(value[own] if isinstance(value, Tensor) else value for value in layout),
             )
             finals.append(final)
         return input, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
@@ -284,18 +299,25 @@ class SequenceOp:
             return [t.new_empty(t.shape) for t, w in zip(tensors, wanted, strict=True) if w]
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-            input, states, weights, batch_sizes, *ctx.layout = inputs
-            ctx.count = len(states)
-            ctx.save_for_backward(input, *states, *weights, batch_sizes)
+            input, states, weights, *rest = inputs
+            ctx.counts = len(states), len(weights)
+            # batch_sizes, the layout and what an op has besides, of which some are tensors
+            ctx.rest = [None if isinstance(value, Tensor) else value for value in rest]
+            ctx.places = [place for place, value in enumerate(rest) if isinstance(value, Tensor)]
+            ctx.save_for_backward(input, *states, *weights, *(rest[place] for place in ctx.places))
 
         def backward(ctx: Any, grads: list[Tensor]) -> Any:
-            input, *rest, batch_sizes = ctx.saved_tensors
-            states, weights = rest[: ctx.count], rest[ctx.count :]
+            count, weight_count = ctx.counts
+            input, *tensors = ctx.saved_tensors
+            states, weights = tensors[:count], tensors[count : count + weight_count]
+            rest = list(ctx.rest)
+            for place, value in zip(ctx.places, tensors[count + weight_count :], strict=True):
+                rest[place] = value
             of_input, of_states, of_weights, *others = ctx.needs_input_grad
             wanted = [of_input, *of_states, *of_weights]
-            found = iter(backward_op(grads, wanted, input, states, weights, batch_sizes, *ctx.layout))
+            found = iter(backward_op(grads, wanted, input, states, weights, *rest))
             flat = [next(found) if w else None for w in wanted]
-            return flat[0], flat[1 : 1 + ctx.count], flat[1 + ctx.count :], *(None for _ in others)
+            return flat[0], flat[1 : 1 + count], flat[1 + count :], *(None for _ in others)
 
         custom: Any = torch.library.custom_op(
             f"fastlm::{name}", forward, mutates_args=(), schema=f"({_ARGUMENTS}{extra}) -> Tensor[]"

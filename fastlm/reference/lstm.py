@@ -121,7 +121,7 @@ def draw_noise(
         if not p:
             return None
         size = (state.shape[0], rows, state.shape[2])
-        return torch.bernoulli(h.new_full(size, p)) if training else h.new_full((), p).expand(size)
+        return h.new_empty(size).bernoulli_(p) if training else h.new_full((), p).expand(size)
 
     mask = functional.dropout(torch.ones_like(h), recurrent_dropout) if recurrent_dropout and training else None
     return Noise(mask, shares(h, zoneout[0]), shares(c, zoneout[1]))

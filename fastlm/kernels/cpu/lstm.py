@@ -20,7 +20,7 @@ from torch import Tensor
 from fastlm.kernels import native
 from fastlm.kernels.packing import cached, find, pack
 
-__all__ = ["Gradients", "Saved", "cell", "layer_backward", "layer_forward", "prepared_cell"]
+__all__ = ["Gradients", "Saved", "cell", "layer_backward", "layer_forward", "pack_layer", "prepared_cell"]
 
 
 class _Packed(NamedTuple):
@@ -66,6 +66,14 @@ def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, 
     return _Packed(*shared, projection, inputs, rows // 4, (ih, hh, bias))
 
 
+def pack_layer(
+    w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None
+) -> _Packed:
+    """The weights of a layer in one direction as the kernels want them, packed once."""
+    biased = (w_ih, w_hh, b_ih, b_hh)
+    return cached("lstm", biased if w_hr is None else (*biased, w_hr), _pack)
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -105,8 +113,7 @@ def layer_forward(
     rows, inputs = input.shape
     batch, outputs = h0.shape
     hidden = c0.shape[1]
-    biased = (w_ih, w_hh, b_ih, b_hh)
-    packed = cached("lstm", biased if w_hr is None else (*biased, w_hr), _pack)
+    packed = pack_layer(w_ih, w_hh, b_ih, b_hh, w_hr)
     input, h0, c0 = input.contiguous(), h0.contiguous(), c0.contiguous()
     output, h_n, c_n = input.new_empty(rows, outputs), torch.empty_like(h0), torch.empty_like(c0)
     gates = cells = unprojected = None
@@ -227,7 +234,7 @@ def cell(
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One step for a batch: input [B, I], h and c [B, H] -> the next h and c. The same bits as `layer_forward`."""
-    packed = cached("lstm", (w_ih, w_hh, b_ih, b_hh), _pack)
+    packed = pack_layer(w_ih, w_hh, b_ih, b_hh)
     return _cell(packed, input.contiguous(), h.contiguous(), c.contiguous(), None)
 
 
