@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastlm import ops
@@ -68,7 +67,4 @@ def project(input: Tensor, *layers: Linear | QuantizedLinear) -> list[Tensor]:
 
 def apply_to_weight(fn: Callable[[Tensor], Tensor], weight: QuantizedTensor) -> QuantizedTensor:
     """What `module.to(...)` does to a quantised weight: it may move; its bytes have no dtype to change."""
-    data = fn(weight.data)
-    if data is weight.data or data.dtype != torch.uint8:
-        return weight
-    return QuantizedTensor(data, weight.kind, (weight.shape[0], weight.shape[1]))
+    return weight.to(fn(weight.data[:0]).device)

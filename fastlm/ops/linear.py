@@ -11,11 +11,18 @@ from torch.nn import functional
 from fastlm.kernels import native
 from fastlm.kernels.cpu import linear as kernel
 from fastlm.ops.checks import describe, expect_shape
-from fastlm.ops.library import autograd_by_reference, needs_grad, tracing
+from fastlm.ops.library import (
+    autograd_by_reference,
+    needs_grad,
+    tracing,
+    triton_float_why_not,
+    triton_kernel,
+    triton_why_not,
+)
 from fastlm.ops.quantized import QuantizedTensor
 from fastlm.ops.registry import Implementation, Op, always, choosing, forced_backend
 from fastlm.reference import linear as reference
-from fastlm.reference.quantized import KINDS
+from fastlm.reference.quantized import KINDS, planes
 
 __all__ = ["linear", "linear_group"]
 
@@ -64,6 +71,8 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
     dense = None if isinstance(weight, QuantizedTensor) else weight
     if not (input.is_cpu and weight.is_cpu):
         return f"input is on {input.device}, weight on {weight.device}"
+    if isinstance(weight, QuantizedTensor) and weight.layout != "blocks":
+        return "the weight's bytes lie as GPUs read them"
     if input.dtype not in _NARROW:
         return f"input is {input.dtype}"
     if dense is not None and (dense.dtype not in _NARROW or not dense.is_contiguous()):
@@ -79,11 +88,28 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
     return None
 
 
+def _triton_run(input: Tensor, weight: QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
+    result: Tensor = _TRITON(input, *planes(weight.data, weight.kind), bias, weight.kind)
+    return result
+
+
+def _triton_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> str | None:
+    if not isinstance(weight, QuantizedTensor) or weight.kind not in _INTEGER_KINDS:
+        return "the weight is of plain floats: torch's matrix product reads it at full speed"
+    if needs_grad(input, bias):
+        return "a gradient is wanted"
+    reason = triton_float_why_not(input, bias) or triton_why_not(input, weight.data)
+    if reason is None and weight.layout != "planes":
+        return "the weight's bytes lie as in files: QuantizedTensor.to(device) puts them in order"
+    return reason
+
+
 def _torch_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
     if isinstance(weight, QuantizedTensor):
-        if weight.kind != "F32":
+        dtype = KINDS[weight.kind].dtype
+        if dtype is None:
             return _by_blocks(input, weight, bias)
-        weight = weight.data.view(torch.float32)
+        weight = weight.data.view(dtype)
     if weight.dtype != input.dtype or (_emulated(weight) and not needs_grad(input, weight, bias)):
         return _by_blocks(input, weight, bias)
     return functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
@@ -128,14 +154,16 @@ def _emulated(weight: Tensor) -> bool:
 
 def _reference_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
     if isinstance(weight, QuantizedTensor):
-        return reference.quantized_linear(input, weight.data, weight.kind, bias, compute)
+        return reference.quantized_linear(input, weight.relaid("blocks").data, weight.kind, bias, compute)
     return reference.linear(input, weight, bias)
 
 
+_TRITON = triton_kernel("quantized_linear", "linear")
 LINEAR = Op(
     "linear",
     [
         Implementation("cpu", _cpu_run, _cpu_why_not),
+        Implementation("triton", _triton_run, _triton_why_not),
         Implementation("torch", _torch_run, _torch_why_not),
         Implementation("reference", _reference_run, always),
     ],
@@ -157,24 +185,24 @@ autograd_by_reference(_linear, reference.linear, differentiable=(0, 1, 2))
 
 @torch.library.custom_op("fastlm::quantized_linear", mutates_args=())
 def _quantized_linear(
-    input: Tensor, data: Tensor, kind: str, columns: int, bias: Tensor | None, compute: str
+    input: Tensor, data: Tensor, kind: str, columns: int, layout: str, bias: Tensor | None, compute: str
 ) -> Tensor:
-    weight = QuantizedTensor(data, kind, (data.shape[0], columns))
+    weight = QuantizedTensor(data, kind, (data.shape[0], columns), layout)
     return LINEAR(input, weight, bias, compute).clone()
 
 
 @_quantized_linear.register_fake
-def _(input: Tensor, data: Tensor, kind: str, columns: int, bias: Tensor | None, compute: str) -> Tensor:
+def _(input: Tensor, data: Tensor, kind: str, columns: int, layout: str, bias: Tensor | None, compute: str) -> Tensor:
     return input.new_empty(*input.shape[:-1], data.shape[0])
 
 
 def _quantized_reference(
-    input: Tensor, data: Tensor, kind: str, columns: int, bias: Tensor | None, compute: str
+    input: Tensor, data: Tensor, kind: str, columns: int, layout: str, bias: Tensor | None, compute: str
 ) -> Tensor:
-    return reference.quantized_linear(input, data, kind, bias, compute)
+    return _reference_run(input, QuantizedTensor(data, kind, (data.shape[0], columns), layout), bias, compute)
 
 
-autograd_by_reference(_quantized_linear, _quantized_reference, differentiable=(0, 4))
+autograd_by_reference(_quantized_linear, _quantized_reference, differentiable=(0, 5))
 
 
 def linear(
@@ -201,7 +229,8 @@ def linear(
     _check(input, weight, bias, compute)
     if tracing():
         if isinstance(weight, QuantizedTensor):
-            return _quantized_linear(input, weight.data, weight.kind, weight.shape[1], bias, compute)
+            columns = weight.shape[1]
+            return _quantized_linear(input, weight.data, weight.kind, columns, weight.layout, bias, compute)
         return _linear(input, weight, bias)
     return LINEAR(input, weight, bias, compute)
 

@@ -14,7 +14,7 @@ from fastlm.kernels import native
 from fastlm.kernels.cpu import linear as kernel
 from fastlm.ops.checks import describe
 from fastlm.ops.library import tracing
-from fastlm.reference.quantized import KINDS, dequantize, quantize
+from fastlm.reference.quantized import KINDS, dequantize, from_planes, planes, quantize, to_planes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,12 +36,14 @@ class QuantizedTensor:
             (`ops.linear`) make and keep a copy in another order, of the same size, when they first meet it.
         kind: "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1"; the layouts are in `fastlm.reference.quantized`.
         shape: (N, K). K is a multiple of 32 for the Q kinds.
+        layout: "blocks", as in files, or "planes" (`fastlm.reference.quantized.to_planes`), as GPUs read them. `to`
+            changes it.
 
     Raises:
         ValueError: the kind is unknown, K is not a whole number of blocks, or `data` does not fit.
     """
 
-    __slots__ = ("_interleaved", "code", "data", "kind", "row_bytes", "shape")
+    __slots__ = ("_interleaved", "code", "data", "kind", "layout", "row_bytes", "shape")
 
     requires_grad = False
     data: Tensor
@@ -49,9 +51,10 @@ class QuantizedTensor:
     shape: torch.Size
     code: int
     row_bytes: int
+    layout: str
     _interleaved: dict[int, Tensor]
 
-    def __init__(self, data: Tensor, kind: str, shape: tuple[int, int]) -> None:
+    def __init__(self, data: Tensor, kind: str, shape: tuple[int, int], layout: str = "blocks") -> None:
         if kind not in KINDS:
             raise ValueError(f"QuantizedTensor: kind is {kind!r}, expected one of {', '.join(KINDS)}")
         if len(shape) != 2:
@@ -66,7 +69,10 @@ class QuantizedTensor:
                 f"QuantizedTensor: data is {describe(data)}{'' if data.is_contiguous() else ', not contiguous'}, "
                 f"expected contiguous uint8 [{rows}, {row_bytes}] for {rows} rows of {columns} {kind} weights"
             )
+        if layout not in ("blocks", "planes") or (layout == "planes" and KINDS[kind].dtype is not None):
+            raise ValueError(f"QuantizedTensor: layout is {layout!r}, expected 'blocks', or 'planes' for Q kinds")
         self.data = data
+        self.layout = layout
         self.kind = kind
         self.shape = torch.Size(shape)
         self.code = KINDS[kind].code
@@ -109,7 +115,7 @@ class QuantizedTensor:
             output = torch.empty(last - first, self.shape[1], dtype=torch.float32, device=kernel.CPU)
             kernel.dequantize_rows(self.data, self.code, self.shape[0], output, first=first)
             return output
-        weights = dequantize(self.data[first:last], self.kind)
+        weights = self._dequantize(slice(first, last))
         return weights.clone() if self.kind == "F32" else weights
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -117,7 +123,7 @@ class QuantizedTensor:
 
         Raises:
             ValueError: `ids` are not integers.
-            IndexError: an id is not in [0, N).
+            IndexError: an id is not in [0, N) (checked on CPU: elsewhere looking at them would wait for the device).
         """
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"QuantizedTensor.rows: ids are {describe(ids)}, expected integers")
@@ -129,10 +135,10 @@ class QuantizedTensor:
             if bad >= 0:
                 raise IndexError(f"QuantizedTensor.rows: id {int(flat[bad])} is not in [0, {count})")
             return output.view(*ids.shape, columns)
-        if not tracing() and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        if ids.is_cpu and not tracing() and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
             wrong = ids[(ids < 0) | (ids >= count)][0]
             raise IndexError(f"QuantizedTensor.rows: id {int(wrong)} is not in [0, {count})")
-        return dequantize(self.data[ids.long()], self.kind)
+        return self._dequantize(ids.long())
 
     def interleaved(self) -> Tensor:
         """The bytes in the order in which the active instruction-set level's integer products read them.
@@ -150,12 +156,29 @@ class QuantizedTensor:
         return packed
 
     def _native(self) -> bool:
-        return native.CPU.module is not None and self.data.is_cpu and not tracing()
+        return native.CPU.module is not None and self.data.is_cpu and self.layout == "blocks" and not tracing()
+
+    def _dequantize(self, rows: slice | Tensor) -> Tensor:
+        if self.layout == "blocks":
+            return dequantize(self.data[rows], self.kind)
+        codes, *halves = (part for part in planes(self.data, self.kind) if part is not None)
+        blocks = torch.cat([*(half[:, rows, None].view(torch.uint8) for half in halves), codes[:, rows]], dim=-1)
+        return dequantize(blocks.movedim(0, -2).flatten(-2), self.kind)
+
+    def relaid(self, layout: str) -> QuantizedTensor:
+        """The same weight with its bytes in another order; itself where they are in it already."""
+        if layout == self.layout:
+            return self
+        data = (to_planes if layout == "planes" else from_planes)(self.data, self.kind)
+        return QuantizedTensor(data, self.kind, (self.shape[0], self.shape[1]), layout)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        """On `device`; itself where it is there already."""
+        """On `device`, in the order that its kernels read; itself where it is there already."""
         moved = self.data.to(device)
-        return self if moved is self.data else QuantizedTensor(moved, self.kind, (self.shape[0], self.shape[1]))
+        if moved is self.data:
+            return self
+        there = QuantizedTensor(moved, self.kind, (self.shape[0], self.shape[1]), self.layout)
+        return there.relaid("planes" if not moved.is_cpu and KINDS[self.kind].dtype is None else "blocks")
 
     @property
     def device(self) -> torch.device:
@@ -180,7 +203,7 @@ class QuantizedTensor:
         return GGMLQuantizationType[self.kind]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return QuantizedTensor, (self.data, self.kind, (self.shape[0], self.shape[1]))
+        return QuantizedTensor, (self.data, self.kind, (self.shape[0], self.shape[1]), self.layout)
 
     def __repr__(self) -> str:
         return f"QuantizedTensor({self.kind}, shape={tuple(self.shape)}, device={self.data.device})"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["KINDS", "Kind", "dequantize", "quantize"]
+__all__ = ["KINDS", "Kind", "dequantize", "from_planes", "planes", "quantize", "to_planes"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,38 @@ def quantize(weights: Tensor, kind: str) -> Tensor:
         scale = (high - low) / 15
         parts = [_half_bytes(scale), _half_bytes(low), _pack((blocks - low) * _reciprocal(scale) + 0.5)]
     return torch.cat(parts, dim=-1).flatten(-2)
+
+
+def to_planes(data: Tensor, kind: str) -> Tensor:
+    """The bytes of a matrix of blocks, uint8 [N, row_bytes], part by part, in a tensor of the same shape: all codes
+    [K / 32, N, ...], then all scales [K / 32, N], then, of Q4_1, all minima. What GPUs read in wide loads.
+    """
+    blocks = data.unflatten(-1, (-1, KINDS[kind].block_bytes)).transpose(0, 1)  # [K / 32, N, block_bytes]
+    head = _head(kind)
+    parts = [blocks[..., head:], *(blocks[..., i : i + 2] for i in range(0, head, 2))]
+    return torch.cat([part.reshape(-1) for part in parts]).view(data.shape)
+
+
+def planes(data: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Views of what `to_planes` made: codes uint8 [K / 32, N, 16 or 32], scales and minima float16 [K / 32, N]."""
+    rows, size, head = len(data), KINDS[kind].block_bytes, _head(kind)
+    count = data.shape[1] // size
+    flat = data.view(-1)
+    codes, *halves = flat.split([count * rows * (size - head), *[count * rows * 2] * (head // 2)])
+    scales = [half.view(torch.float16).view(count, rows) for half in halves]
+    return codes.view(count, rows, size - head), scales[0], scales[1] if len(scales) > 1 else None
+
+
+def from_planes(data: Tensor, kind: str) -> Tensor:
+    """The inverse of `to_planes`."""
+    codes, *halves = (part for part in planes(data, kind) if part is not None)
+    parts = [*(half[..., None].view(torch.uint8) for half in halves), codes]
+    return torch.cat(parts, dim=-1).transpose(0, 1).reshape(data.shape)
+
+
+def _head(kind: str) -> int:
+    """Bytes of a block before its codes."""
+    return 4 if kind == "Q4_1" else 2
 
 
 def _half(pair: Tensor) -> Tensor:

@@ -363,10 +363,11 @@ def test_gradients_of_a_dense_weight() -> None:
 
 
 def test_opcheck() -> None:
-    for grad, kind, compute in ((False, "Q4_1", "fast"), (True, "Q8_0", "exact")):
+    cases = ((False, "Q4_1", "fast", "blocks"), (True, "Q8_0", "exact", "blocks"), (False, "Q4_1", "exact", "planes"))
+    for grad, kind, compute, layout in cases:
         x, bias = torch.randn(2, 64, requires_grad=grad), torch.randn(9, requires_grad=grad)
-        data = weight_of(kind, 9, 64).data
-        torch.library.opcheck(module._quantized_linear, (x, data, kind, 64, bias, compute))
+        data = weight_of(kind, 9, 64).relaid(layout).data
+        torch.library.opcheck(module._quantized_linear, (x, data, kind, 64, layout, bias, compute))
         torch.library.opcheck(module._linear, (x, torch.randn(9, 64, requires_grad=grad), None))
 
 

@@ -150,3 +150,27 @@ def test_rows_and_quantize_refuse_what_they_cannot_do() -> None:
         QuantizedTensor.quantize(torch.ones(2, 32, dtype=torch.int64), "Q4_0")
     with pytest.raises(ValueError, match="'q4'"):
         QuantizedTensor.quantize(torch.randn(2, 32), "q4")
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_planes_hold_the_same_weight(kind: str) -> None:
+    weight = QuantizedTensor(random_bytes(kind, 5, 96), kind, (5, 96))
+    laid = weight.relaid("planes")
+    assert laid.nbytes == weight.nbytes
+    assert not torch.equal(laid.data, weight.data)
+    assert torch.equal(laid.relaid("blocks").data, weight.data)
+    assert same_bits(laid.dequantize(), weight.dequantize())
+    assert same_bits(laid.expand_rows(1, 3), weight.expand_rows(1, 3))
+    ids = torch.tensor([[4, 0, 4]])
+    assert same_bits(laid.rows(ids), weight.rows(ids))
+    with pytest.raises(IndexError, match="id 5 is not in"):
+        laid.rows(torch.tensor([5]))
+    again = pickle.loads(pickle.dumps(laid))
+    assert again.layout == "planes"
+    assert weight.to("meta").layout == "planes"
+    assert laid.to("cpu") is laid
+
+
+def test_planes_are_for_blocks() -> None:
+    with pytest.raises(ValueError, match="layout is 'planes', expected 'blocks'"):
+        QuantizedTensor(torch.zeros(2, 8, dtype=torch.uint8), "F32", (2, 2), "planes")

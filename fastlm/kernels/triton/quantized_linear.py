@@ -1,0 +1,238 @@
+"""y = x W^T + b with W in blocks of 32 small integers that are never expanded in memory: Q8_0, Q4_0 and Q4_1.
+
+The weight lies in planes (`QuantizedTensor.to`): the codes [K / 32, N, 16 or 32 bytes], then the scales [K / 32, N]
+and, of Q4_1, the minima. So a tile of codes is one run of memory. Codes and inputs meet as integers and in halves of
+blocks: columns 0 to 15 and 16 to 31, the low and the high nibbles of its bytes. The scale follows once per block.
+
+One row of input is a matter of reading the weight (`_one_row`). More rows go through the tensor cores (`_rows`), in
+which codes are exact as bfloat16 or float16, and float32 inputs are the sum of three bfloat16 parts: nothing is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlm.kernels.triton.shipped import Shipped, Work
+
+__all__ = ["linear", "shipped"]
+
+BYTES = {"Q8_0": 32, "Q4_0": 16, "Q4_1": 16}
+"""Bytes of codes in a block of 32 weights."""
+
+
+@triton.jit
+def _float(code):
+    """Integers from 0 to 255 as float32, without the slow conversion: 2^23 + code has the code as its last bits."""
+    return (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _halves(codes, at, mask, KIND: tl.constexpr):
+    """The first and the last 16 weights of blocks, before their scale, as float32; `at` has the first 16 bytes."""
+    if KIND == "Q8_0":
+        low = _float(tl.load(codes + at, mask=mask, other=0) ^ 0x80) - 128.0
+        high = _float(tl.load(codes + at + 16, mask=mask, other=0) ^ 0x80) - 128.0
+    else:
+        both = tl.load(codes + at, mask=mask, other=0)
+        low, high = _float(both & 15), _float(both >> 4)
+        if KIND == "Q4_0":
+            low, high = low - 8.0, high - 8.0
+    return low, high
+
+
+@triton.jit
+def _one_row(
+    input,
+    codes,
+    scales,
+    minima,
+    bias,
+    output,
+    outputs,
+    blocks,
+    KIND: tl.constexpr,
+    BYTES: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # in blocks of 32
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    byte = tl.arange(0, 16)
+    used = n < outputs
+    acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+    for first in tl.range(0, blocks, BLOCK_K):
+        block = first + tl.arange(0, BLOCK_K)
+        inside = block < blocks
+        mask = inside[:, None] & used[None, :]
+        place = block[:, None].to(tl.int64) * outputs + n[None, :]
+        low, high = _halves(codes, place[:, :, None] * BYTES + byte[None, None, :], mask[:, :, None], KIND)
+        x_at = input + block[:, None] * 32 + byte[None, :]
+        x_low = tl.load(x_at, mask=inside[:, None], other=0.0).to(tl.float32)
+        x_high = tl.load(x_at + 16, mask=inside[:, None], other=0.0).to(tl.float32)
+        products = tl.sum(low * x_low[:, None, :] + high * x_high[:, None, :], 2)
+        acc += products * tl.load(scales + place, mask=mask, other=0.0).to(tl.float32)
+        if KIND == "Q4_1":
+            total = tl.sum(x_low + x_high, 1)
+            acc += total[:, None] * tl.load(minima + place, mask=mask, other=0.0).to(tl.float32)
+    y = tl.sum(acc, 0)
+    if BIAS:
+        y += tl.load(bias + n, mask=used, other=0.0).to(tl.float32)
+    tl.store(output + n, y.to(output.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def _part(x):
+    """x rounded to bfloat16, and what that leaves; nothing is left of what is not finite."""
+    part = x.to(tl.bfloat16)
+    back = part.to(tl.float32)
+    return part, tl.where(tl.abs(back) < float("inf"), x - back, 0.0)
+
+
+@triton.jit
+def _product(x, q, acc):
+    """acc + x q, q being small integers as float32: exact products, summed in float32."""
+    if x.dtype == tl.float32:
+        q = q.to(tl.bfloat16)
+        first, rest = _part(x)
+        second, rest = _part(rest)
+        acc = tl.dot(rest.to(tl.bfloat16), q, acc)
+        acc = tl.dot(second, q, acc)
+        acc = tl.dot(first, q, acc)
+    else:
+        acc = tl.dot(x, q.to(x.dtype), acc)
+    return acc
+
+
+@triton.jit
+def _rows(
+    input,
+    codes,
+    scales,
+    minima,
+    bias,
+    output,
+    rows,
+    outputs,
+    blocks,
+    KIND: tl.constexpr,
+    BYTES: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Programs that share a tile of the weight are neighbours: it comes from memory once.
+    tiles = tl.cdiv(rows, BLOCK_M)
+    m = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    byte = tl.arange(0, 16)
+    here, used = m < rows, n < outputs
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    x_at = input + m[:, None] * (blocks * 32) + byte[None, :]
+    for block in tl.range(0, blocks):
+        place = n.to(tl.int64) + block * outputs
+        low, high = _halves(codes, place[None, :] * BYTES + byte[:, None], used[None, :], KIND)
+        x_low = tl.load(x_at + block * 32, mask=here[:, None], other=0.0)
+        x_high = tl.load(x_at + block * 32 + 16, mask=here[:, None], other=0.0)
+        products = _product(x_high, high, _product(x_low, low, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)))
+        acc += products * tl.load(scales + place, mask=used, other=0.0).to(tl.float32)[None, :]
+        if KIND == "Q4_1":
+            total = tl.sum(x_low.to(tl.float32) + x_high.to(tl.float32), 1)
+            acc += total[:, None] * tl.load(minima + place, mask=used, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        acc += tl.load(bias + n, mask=used, other=0.0).to(tl.float32)[None, :]
+    at = m[:, None] * outputs + n[None, :]
+    tl.store(output + at, acc.to(output.dtype.element_ty), mask=here[:, None] & used[None, :])
+
+
+def linear(
+    input: Tensor, codes: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None, kind: str
+) -> Tensor:
+    """input [..., K] in float32, float16 or bfloat16 times a weight's planes; the result in the input's dtype.
+
+    Args:
+        codes: uint8 [K / 32, N, 16 or 32].
+        scales, minima: float16 [K / 32, N]; minima for Q4_1 alone.
+        bias: [N] or None.
+    """
+    blocks, outputs, _ = codes.shape
+    x = input.reshape(-1, blocks * 32).contiguous()
+    rows = len(x)
+    output = x.new_empty(rows, outputs)
+    if not blocks:
+        output = output.zero_() if bias is None else output.copy_(bias.expand(rows, -1))
+    elif output.numel():
+        bias = None if bias is None else bias.contiguous()
+        common = (outputs, blocks, kind, BYTES[kind], bias is not None)
+        if rows == 1:
+            block_n = one_row_tile(outputs)
+            _one_row[(triton.cdiv(outputs, block_n),)](
+                x, codes, scales, minima, bias, output, *common, BLOCK_N=block_n, BLOCK_K=128 // block_n, num_warps=4
+            )
+        else:
+            block_m = rows_tile(rows)
+            grid = (triton.cdiv(rows, block_m) * triton.cdiv(outputs, 64),)
+            _rows[grid](
+                x,
+                codes,
+                scales,
+                minima,
+                bias,
+                output,
+                rows,
+                *common,
+                BLOCK_M=block_m,
+                BLOCK_N=64,
+                num_warps=4,
+                num_stages=3,
+            )
+    return output.view(*input.shape[:-1], outputs)
+
+
+def one_row_tile(outputs: int) -> int:
+    """Outputs to a program: few where there are few of them, so that all of a GPU reads."""
+    return 16 if outputs > 16384 else 8 if outputs > 2048 else 4
+
+
+def rows_tile(rows: int) -> int:
+    """Rows of input to a program."""
+    return min(max(16, triton.next_power_of_2(rows)), 64)
+
+
+def shipped() -> Iterator[Shipped]:
+    """Every kind, one row and several, at the dtypes that models run in."""
+    for kind, size in BYTES.items():
+        pointers = {"codes": "*u8", "scales": "*fp16"} | ({"minima": "*fp16"} if kind == "Q4_1" else {})
+        none = {"bias": None} | ({} if kind == "Q4_1" else {"minima": None})
+        fixed = {"KIND": kind, "BYTES": size, "BIAS": False, **none}
+        for dtype, tile in (("bf16", 8), ("fp32", 4)):
+            floats = {"input": f"*{dtype}", "output": f"*{dtype}"}
+            yield Shipped(
+                name=f"quantized_linear {kind} {dtype} one row",
+                kernel=_one_row,
+                signature={**floats, **pointers, "outputs": "i32", "blocks": "i32"},
+                constants={**fixed, "BLOCK_N": tile, "BLOCK_K": 128 // tile},
+                num_warps=4,
+                num_stages=3,
+                divisible_by_16=(*floats, *pointers, "outputs"),
+                work=Work(bytes=128 * (size + (4 if kind == "Q4_1" else 2))),
+            )
+        for dtype, block_m in (("bf16", 16), ("bf16", 64), ("fp16", 64), ("fp32", 16), ("fp32", 64)):
+            floats = {"input": f"*{dtype}", "output": f"*{dtype}"}
+            parts = 3 if dtype == "fp32" else 1
+            yield Shipped(
+                name=f"quantized_linear {kind} {dtype} m{block_m}",
+                kernel=_rows,
+                signature={**floats, **pointers, "rows": "i32", "outputs": "i32", "blocks": "i32"},
+                constants={**fixed, "BLOCK_M": block_m, "BLOCK_N": 64},
+                num_warps=4,
+                num_stages=3,
+                divisible_by_16=(*floats, *pointers, "outputs"),
+                work=Work(
+                    tensor_flops=2 * block_m * 64 * 32 * parts,
+                    bytes=64 * (size + 2) + block_m * 32 * (4 if dtype == "fp32" else 2),
+                ),
+            )
