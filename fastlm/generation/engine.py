@@ -1,15 +1,16 @@
 """Continuous batching: requests join a running batch as rows of the state get free, and leave it as they end.
 
 A request's prompt is read when it joins. From then on it takes part in decode steps, which are recorded once for each
-size of batch (`capture`) and replayed natively; the tensors of `Lanes` say whose rows they are. Where a step cannot be
-recorded, it runs op by op. While a single request is active, its tokens can be guessed ahead (`speculative`).
+size of batch (`capture`; on CUDA `graph`) and replayed natively; the tensors of `Lanes` say whose rows they are. Where
+a step cannot be recorded, it runs op by op. While a single request is active, its tokens can be guessed ahead
+(`speculative`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastlm.generation.capture import Captured, CaptureError, Refused
 from fastlm.generation.draft import Draft, PromptLookup
+from fastlm.generation.graph import Graph, records, sampling_device
 from fastlm.generation.lanes import Lanes, Request, dense_bias
 from fastlm.generation.params import SamplingParams, as_ids
 from fastlm.generation.speculative import Pace
@@ -51,7 +53,7 @@ class _Recording:
     """A step for one size of batch: its tensors, what was recorded, and whom the tensors were filled with last."""
 
     lanes: Lanes
-    captured: Captured | None = None
+    captured: Captured | Graph | None = None
     logits: Tensor | None = None
     requests: tuple[Request, ...] = ()
 
@@ -99,6 +101,8 @@ class Engine:
         self._count = 0
         self._recordings: dict[tuple[int, int, bool, bool], _Recording] = {}
         self._current: _Recording | None = None  # the one whose tensors hold the requests' present state
+        self._sampling = sampling_device(model.device)
+        self._samples_on_device = self._sampling == model.device
         self._pace = Pace()
         self._why_not_captured: str | None = None if capture else "capture=False"
 
@@ -291,6 +295,7 @@ class Engine:
                     history=history,
                     biased=self._model.config.vocab_size if biased else 0,
                     device=self._model.device,
+                    sampling=self._sampling,
                 )
             )
         return self._recordings[key]
@@ -307,21 +312,42 @@ class Engine:
     def _record(self, recording: _Recording) -> None:
         """Runs a step, and records it if it can be."""
 
-        def step() -> Tensor:
-            lanes = recording.lanes
-            logits = self._model.head(self._model.hidden(lanes.ids, self._state, lanes.index)).flatten(0, 1)
+        lanes = recording.lanes
+
+        def forward() -> Tensor:
+            return self._model.head(self._model.hidden(lanes.ids, self._state, lanes.index)).flatten(0, 1)
+
+        def draw(logits: Tensor) -> None:
             tokens = lanes.sample(logits)
             offset(tokens, out=lanes.tokens)
             if lanes.width == 1:
                 lanes.feed(tokens)
+
+        def step() -> Tensor:
+            logits = forward()
+            draw(logits)
             return logits
+
+        def snapshot() -> Callable[[], None]:
+            state, inputs = self._state.snapshot(), lanes.snapshot()
+
+            def restore() -> None:
+                state()
+                inputs()
+
+            return restore
 
         if self._why_not_captured is None:
             self._why_not_captured = self._obstacle()
         if self._why_not_captured is None:
             restore = self._state.snapshot()
             try:
-                recording.captured = Captured(step, recording.lanes.tokens)
+                if not records(self._model.device):
+                    recording.captured = Captured(step, lanes.tokens)
+                elif self._samples_on_device:
+                    recording.captured = Graph(step, lanes.tokens, snapshot)
+                else:
+                    recording.captured = Graph(forward, lanes.tokens, snapshot, after=draw)
                 recording.logits = recording.captured.result
                 return
             except CaptureError as error:
@@ -330,10 +356,12 @@ class Engine:
         recording.logits = step()
 
     def _obstacle(self) -> str | None:
-        if native.CPU.module is None:
-            return native.CPU.error
-        if self._model.device.type != "cpu":
-            return f"the model is on {self._model.device}"
+        device = self._model.device
+        if not records(device):
+            if device.type != "cpu":
+                return f"the model is on {device}"
+            if native.CPU.module is None:
+                return native.CPU.error
         return None if choosing() else "a backend is forced"
 
     def _steps_left(self, request: Request) -> int:

@@ -5,7 +5,7 @@ A recorded step keeps the addresses of these tensors, so one recording serves wh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,31 +60,54 @@ class Lanes:
     """Room for `count` requests, each with `width` tokens a step: its last one and guesses.
 
     Attributes:
-        ids: int64 [count, width], the tokens to read, on the model's device. All others are on the CPU.
-        index: int64 [count], the requests' rows of the state.
+        ids: int64 [count, width], the tokens to read, on the model's device.
+        index: int64 [count], the requests' rows of the state, on that device too.
         tokens: int64 [count * width], what the last step sampled.
 
     Args:
         history: tokens to make room for where the sampler wants them; 0: none.
         biased: whether logits have biases, and of how many tokens; 0: none.
+        device: of the model.
+        sampling: the device that samples, on which all others are; default: the CPU.
     """
 
-    def __init__(self, count: int, width: int, *, history: int, biased: int, device: torch.device) -> None:
-        def integers(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.int64)
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        *,
+        history: int,
+        biased: int,
+        device: torch.device,
+        sampling: torch.device | None = None,
+    ) -> None:
+        sampling = sampling or torch.device("cpu")
+
+        def integers(*shape: int, where: torch.device = sampling) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int64, device=where)
 
         places = count * width
         self.width = width
-        self.ids = integers(count, width).to(device)
-        self.index, self.tokens = integers(count), integers(places)
+        self.ids, self.index = integers(count, width, where=device), integers(count, where=device)
+        self.tokens = integers(places)
         self._positions, self._ends, self._prompts = (integers(places) for _ in range(3))
         self._top_k, self._seeds, self._sequences = (integers(places) for _ in range(3))
-        self._reals = {name: torch.zeros(places, dtype=torch.float64) for name in _REALS}
+        self._reals = {name: torch.zeros(places, dtype=torch.float64, device=sampling) for name in _REALS}
         self._history = integers(count, history) if history else None
-        self._bias = torch.zeros(places, biased) if biased else None
+        self._bias = torch.zeros(places, biased, device=sampling) if biased else None
+        self._sampling = sampling
+        # Filled on the host, and then moved tensor by tensor instead of number by number.
+        self._staged: Lanes | None = None
+        if device.type != "cpu":
+            self._staged = Lanes(count, width, history=history, biased=biased, device=torch.device("cpu"))
 
     def fill(self, requests: Sequence[Request], stop_ids: Collection[int], guesses: Sequence[int] = ()) -> None:
         """Takes these requests' state over; guesses (of a single request) are padded with its last token."""
+        if self._staged is not None:
+            self._staged.fill(requests, stop_ids, guesses)
+            for mine, staged in zip(self._tensors(), self._staged._tensors(), strict=True):
+                mine.copy_(staged)
+            return
         width = self.width
         for lane, request in enumerate(requests):
             last, length, params = request.ids[-1], len(request.ids), request.params
@@ -109,8 +132,26 @@ class Lanes:
                 if request.early:
                     self._bias[places, sorted(stop_ids)] = -torch.inf
 
+    def _tensors(self) -> list[Tensor]:
+        """All that `fill` sets."""
+        found = [self.ids, self.index, self._positions, self._ends, self._prompts, self._top_k, self._seeds]
+        found += [self._sequences, *self._reals.values()]
+        return found + [tensor for tensor in (self._history, self._bias) if tensor is not None]
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that brings back what `feed` has changed since."""
+        changing = [self.ids, self._positions, self._ends, *([] if self._history is None else [self._history])]
+        copies = [tensor.clone() for tensor in changing]
+
+        def restore() -> None:
+            for tensor, copy in zip(changing, copies, strict=True):
+                tensor.copy_(copy)
+
+        return restore
+
     def sample(self, logits: Tensor) -> Tensor:
         """A token behind each token read: logits [count * width, V] to int64 [count * width]."""
+        logits = logits.to(self._sampling)
         history: dict[str, Tensor] = {}
         if self._history is not None:
             # All guesses of a request see one history, each up to its own position.
@@ -129,6 +170,8 @@ class Lanes:
 
     def feed(self, tokens: Tensor) -> None:
         """With `width` 1: makes the sampled tokens the next to be read."""
+        if tokens.device.type != "cpu":
+            tokens = tokens.clamp(min=0)  # a refusal is below 0; until it is seen, something has to be read
         ops.offset(tokens, out=self.ids.view(-1))
         if self._history is not None:
             ops.offset(self.tokens, out=self._history.view(-1), out_index=self._ends)

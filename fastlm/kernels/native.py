@@ -7,11 +7,22 @@ already loaded, so that the process has one thread pool, whatever torch's copy i
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 
-__all__ = ["CPU", "CUDA", "NativeModule", "num_threads", "recording"]
+__all__ = [
+    "CPU",
+    "CUDA",
+    "NativeModule",
+    "num_threads",
+    "recording",
+    "recording_on_device",
+    "values_unknown",
+]
 
 _forked = False
 
@@ -33,7 +44,25 @@ def num_threads() -> int:
 
 def recording() -> bool:
     """Whether the calling thread's kernel calls are being recorded for replay."""
-    return CPU.module is not None and bool(CPU.module.recording())
+    return values_unknown() or (CPU.module is not None and bool(CPU.module.recording()))
+
+
+_on_device = threading.local()
+
+
+@contextmanager
+def recording_on_device() -> Iterator[None]:
+    """While the calling thread records a device's work (a CUDA graph): nothing may look at what a tensor holds."""
+    _on_device.recording = True
+    try:
+        yield
+    finally:
+        _on_device.recording = False
+
+
+def values_unknown() -> bool:
+    """Whether the calling thread is within `recording_on_device`."""
+    return getattr(_on_device, "recording", False)
 
 
 class NativeModule:

@@ -32,15 +32,17 @@ def _row_list(rows: Rows, available: int) -> list[int]:
     return found
 
 
-def _row_index(rows: Rows, found: list[int]) -> Tensor:
-    """The rows as a contiguous int64 tensor on the CPU: the very one given, where it is that."""
+def _row_index(rows: Rows, available: int, device: torch.device) -> Tensor:
+    """The rows as a contiguous int64 tensor: the very one given, where it is that."""
     if isinstance(rows, Tensor):
-        return rows.to("cpu", torch.int64).contiguous()
-    return torch.tensor(found, dtype=torch.int64)
+        if not native.values_unknown():
+            _row_list(rows, available)
+        return rows.to(device, torch.int64).contiguous()
+    return torch.tensor(_row_list(rows, available), dtype=torch.int64, device=device)
 
 
 def _advance(lengths: Tensor, count: int, rows: Rows) -> None:
-    index = None if rows is None else _row_index(rows, _row_list(rows, len(lengths)))
+    index = None if rows is None else _row_index(rows, len(lengths), lengths.device)
     ops.offset(lengths, count, out=lengths, source_index=index, out_index=index)
 
 
@@ -50,7 +52,7 @@ class KVCache:
     Attributes:
         keys, values: per layer [rows, kv_heads, max_length, head_dim], for int8 head_dim + 4 (`ops.kv_append`); what
             lies beyond a row's length is undefined.
-        lengths: int64 [rows] on the CPU, tokens stored in each row.
+        lengths: int64 [rows] on the same device, tokens stored in each row.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], lengths: Tensor) -> None:
@@ -81,7 +83,7 @@ class KVCache:
         shape = (rows, num_kv_heads, max_length, kv_width(head_dim, dtype))
         keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        return cls(keys, values, torch.zeros(rows, dtype=torch.int64))
+        return cls(keys, values, torch.zeros(rows, dtype=torch.int64, device=device))
 
     @property
     def rows(self) -> int:
@@ -137,7 +139,7 @@ class KVStep:
     """One forward pass over a cache: where its new tokens go and what they see.
 
     Attributes:
-        rows: the row of each batch entry.
+        rows: the row of each batch entry; while a device records, which rows they are is not known here.
         count: new tokens per entry.
         starts, lengths: int64 [batch] on the cache's device, each entry's length without and with the new tokens. They
             are computed by ops from `cache.lengths`, so a recorded step reads them anew each time.
@@ -146,6 +148,25 @@ class KVStep:
     __slots__ = ("_index", "_start", "cache", "count", "lengths", "rows", "starts")
 
     def __init__(self, cache: KVCache, batch: int, count: int, rows: Rows) -> None:
+        self.cache = cache
+        self.count = count
+        # A recording serves other rows later, which only an index in memory can tell it.
+        if native.values_unknown():
+            self.rows, everyone, self._start = list(range(batch)), rows is None, None
+        else:
+            starts = self._check(batch, rows)
+            everyone = self.rows == list(range(cache.rows)) and (rows is None or not native.recording())
+            # Where equally long rows get many tokens, plain attention to a slice of the cache serves.
+            self._start = starts[0] if len(set(starts)) == 1 and (everyone or batch == 1) else None
+        device = cache.lengths.device
+        self._index = index = None if everyone else _row_index(rows, cache.rows, device)
+        self.starts, self.lengths = (torch.empty(batch, dtype=torch.int64, device=device) for _ in range(2))
+        ops.offset(cache.lengths, out=self.starts, source_index=index)
+        ops.offset(cache.lengths, count, out=self.lengths, source_index=index)
+
+    def _check(self, batch: int, rows: Rows) -> list[int]:
+        """Sets `rows`; returns the lengths of these rows."""
+        cache, count = self.cache, self.count
         self.rows = _row_list(rows, cache.rows)
         if len(self.rows) != batch:
             raise ValueError(f"rows: {len(self.rows)} of the state's {cache.rows} rows for a batch of {batch}")
@@ -156,19 +177,7 @@ class KVStep:
                 raise ValueError(
                     f"state: row {row} holds {start} tokens; {count} more exceed its max_length of {cache.max_length}"
                 )
-        self.cache = cache
-        self.count = count
-        # A recording serves other rows later, which only an index in memory can tell it.
-        everyone = self.rows == list(range(cache.rows)) and (rows is None or not native.recording())
-        # Where equally long rows get many tokens, plain attention to a slice of the cache serves.
-        self._start = starts[0] if len(set(starts)) == 1 and (everyone or batch == 1) else None
-        device = cache.keys[0].device
-        index = None if everyone else _row_index(rows, self.rows)
-        self.starts, self.lengths = (torch.empty(batch, dtype=torch.int64) for _ in range(2))
-        ops.offset(cache.lengths, out=self.starts, source_index=index)
-        ops.offset(cache.lengths, count, out=self.lengths, source_index=index)
-        self.starts, self.lengths = self.starts.to(device), self.lengths.to(device)
-        self._index = None if index is None else index.to(device)
+        return starts
 
     def positions(self) -> Tensor:
         """Where the new tokens stand: int64 [batch, count]."""
@@ -204,7 +213,7 @@ class RecurrentState:
     Attributes:
         h: per layer [rows, size].
         c: per layer [rows, size], or None for cells without one.
-        lengths: int64 [rows] on the CPU, tokens read by each row.
+        lengths: int64 [rows] on the same device, tokens read by each row.
     """
 
     max_length: int | None = None
@@ -231,7 +240,7 @@ class RecurrentState:
         def zeros() -> list[Tensor]:
             return [torch.zeros(rows, size, dtype=dtype, device=device) for size in sizes]
 
-        return cls(zeros(), zeros() if cells else None, torch.zeros(rows, dtype=torch.int64))
+        return cls(zeros(), zeros() if cells else None, torch.zeros(rows, dtype=torch.int64, device=device))
 
     @property
     def rows(self) -> int:
@@ -255,7 +264,7 @@ class RecurrentState:
     def read(self, layer: int, rows: Rows = None) -> tuple[Tensor, Tensor | None]:
         """The layer's h and c [batch, size]: copies where autograd records, since `write` changes them in place."""
         if rows is not None:
-            index = _row_index(rows, _row_list(rows, self.rows)).to(self.h[layer].device)
+            index = _row_index(rows, self.rows, self.h[layer].device)
             h, c = self.h[layer], None if self.c is None else self.c[layer]
             return h.index_select(0, index), None if c is None else c.index_select(0, index)
         h, c = self.h[layer], None if self.c is None else self.c[layer]
@@ -266,7 +275,7 @@ class RecurrentState:
     @torch.no_grad()
     def write(self, layer: int, h: Tensor, c: Tensor | None, rows: Rows = None) -> None:
         """Replaces the layer's h and c; no gradient flows through the state (truncated backpropagation)."""
-        index = None if rows is None else _row_index(rows, _row_list(rows, self.rows)).to(self.h[layer].device)
+        index = None if rows is None else _row_index(rows, self.rows, self.h[layer].device)
         for held, new in ((self.h[layer], h), (None if self.c is None else self.c[layer], c)):
             if held is None or new is None:
                 continue

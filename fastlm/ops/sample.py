@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastlm.kernels import native
 from fastlm.kernels.cpu import sample as cpu
 from fastlm.ops.checks import describe
 from fastlm.ops.library import tracing
@@ -77,6 +78,8 @@ def _normalised(index: int, value: Option, batch: int) -> Option:
         if value.dim() == 0:
             return _number(index, value.item())
         _check_rows(name, value, batch, index >= _REALS)
+        if native.values_unknown():
+            return value
         for row, element in enumerate(value.tolist()):
             if not accepts(element):
                 raise ValueError(f"sample: {name} of row {row} is {element}, expected {words}")
@@ -90,6 +93,8 @@ def _normalised(index: int, value: Option, batch: int) -> Option:
 def _lengths(name: str, value: Option | None, batch: int, longest: int) -> Option | None:
     if isinstance(value, Tensor) and value.dim() > 0:
         _check_rows(name, value, batch, True)
+        if native.values_unknown():
+            return value
     values = value.tolist() if isinstance(value, Tensor) else value
     for length in values if isinstance(values, list) else [values]:
         if length is not None and not 0 <= length <= longest:

@@ -13,6 +13,15 @@ from fastlm.nn.state import RecurrentState
 from fastlm.training.config import TrainingConfig
 
 
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. From page-locked memory, so that copying to a GPU does not make the host wait, which then
+    gathers the next step's tokens while the GPU is busy with this one's; torch gives such memory out again only when
+    the copy is done."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class RandomBlocks:
     """Blocks from random places, each step's drawn from (seed, step)."""
 
@@ -24,7 +33,7 @@ class RandomBlocks:
         config = self._config
         inputs, targets = random_blocks(self._tokens, config.block_length, config.batch_size, config.seed, step)
         for x, y in zip(inputs.chunk(config.accumulation), targets.chunk(config.accumulation), strict=True):
-            yield x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True), None
+            yield _moved(x, self._device), _moved(y, self._device), None
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {}
@@ -54,7 +63,7 @@ class CarriedBlocks:
                 state.reset()
         chunks = zip(inputs.chunk(config.accumulation), targets.chunk(config.accumulation), self._states, strict=True)
         for x, y, state in chunks:
-            yield x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True), state
+            yield _moved(x, self._device), _moved(y, self._device), state
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The carried states by name."""

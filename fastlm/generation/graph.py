@@ -1,0 +1,105 @@
+"""A decode step as a CUDA graph: what `capture` is on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.generation.capture import CaptureError, Refused
+from fastlm.kernels import cuda, native
+
+__all__ = ["Graph", "records", "sampling_device"]
+
+_STEPS = 16  # replays between two looks at the tokens
+
+
+def records(device: torch.device) -> bool:
+    """Whether work on `device` can be recorded as a graph."""
+    return device.type == "cuda"
+
+
+def sampling_device(device: torch.device) -> torch.device:
+    """Where tokens are sampled for a model on `device`: there where it has a sampler, else on the CPU, whose kernel
+    takes less time over a copy of the logits than dozens of torch operations on the device would."""
+    on_device = device.type == "cuda" and cuda.unavailable() is None and hasattr(native.CUDA.module, "sample")
+    return device if on_device else torch.device("cpu")
+
+
+class Graph:
+    """A step that has run once, and can be run again without Python.
+
+    Args:
+        step: works on one CUDA device and looks at no value: it leaves its results in tensors that it reads again the
+            next time. Everything it touches but does not make itself must outlive this object unmoved.
+        watched: int64: what to log after each step, token ids; below 0 where the sampler refused its input.
+        snapshot: returns a function that brings back all that the step changes; steps beyond a stop are undone by it.
+        after: what to do with the step's result on the host before the next one, such as sampling there; it sets
+            `watched`, and is waited for after each step. None: the device runs ahead by several steps.
+
+    Raises:
+        CaptureError: CUDA can't record the step; it has run once.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[], Tensor],
+        watched: Tensor,
+        snapshot: Callable[[], Callable[[], None]],
+        after: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self._watched, self._snapshot, self._after = watched, snapshot, after
+        self._log = torch.empty(_STEPS, watched.numel(), dtype=torch.int64, device=watched.device)
+        # The first run is an ordinary one, beside the current stream as the recording will be: it compiles kernels,
+        # and libraries allocate their workspaces.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), native.recording_on_device():
+            first = step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph: Any = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self._graph), native.recording_on_device():
+                self.result = step()
+        except RuntimeError as error:
+            raise CaptureError(f"CUDA can't record the step: {str(error).splitlines()[0]}") from error
+        self.result.copy_(first)  # recording computed nothing
+        if after is not None:
+            after(self.result)
+
+    def run(self, times: int, stops: Collection[int] = ()) -> list[list[int]]:
+        """Runs the step up to `times` more times, fewer where one of `stops` turns up among the watched values.
+
+        The host waits once for all of up to 16 steps; those that ran beyond a stop are undone.
+
+        Returns:
+            The watched values after each of them.
+
+        Raises:
+            Refused: a value was below 0.
+        """
+        values: list[list[int]] = []
+        stops = frozenset(stops)
+        most = 1 if self._after is not None else _STEPS
+        while len(values) < times:
+            count = min(times - len(values), most)
+            undo = self._snapshot() if stops and count > 1 else None
+            for at in range(count):
+                self._graph.replay()
+                if self._after is not None:
+                    self._after(self.result)
+                self._log[at].copy_(self._watched)
+            found: list[list[int]] = self._log[:count].tolist()
+            if any(value < 0 for step in found for value in step):
+                raise Refused("the sampler refused its input")
+            ended = next((at + 1 for at, step in enumerate(found) if not stops.isdisjoint(step)), None)
+            values += found[:ended]
+            if ended is not None:
+                if undo is not None and ended < count:
+                    undo()
+                    for _ in range(ended):
+                        self._graph.replay()
+                break
+        return values
