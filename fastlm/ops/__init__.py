@@ -1,9 +1,10 @@
 """The public ops: one file each, with its signature, checks, autograd, and the list of implementations."""
 
 from fastlm.ops.activation import gelu, swiglu
-from fastlm.ops.attention import attention
+from fastlm.ops.attention import attention, attention_lse
 from fastlm.ops.attention_decode import attention_decode
 from fastlm.ops.attention_paged import attention_paged
+from fastlm.ops.attention_varlen import attention_varlen
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.gru import gru, gru_cell
 from fastlm.ops.kv_cache import kv_append, offset
@@ -23,7 +24,9 @@ __all__ = [
     "QuantizedTensor",
     "attention",
     "attention_decode",
+    "attention_lse",
     "attention_paged",
+    "attention_varlen",
     "backend",
     "cross_entropy",
     "explain",

@@ -193,15 +193,16 @@ CALLS = [
     {"causal": True, "window": 2, "softcap": 3.0},
     {"causal": True, "mask": torch.rand(2, 1, 3, 5) < 0.7},
     {"mask": torch.randn(1, 4, 3, 5), "alibi_slopes": torch.rand(4)},
+    {"causal": True, "top_left": True, "sinks": torch.randn(4, requires_grad=True)},
 ]
 
 
 @pytest.mark.parametrize("call", range(len(CALLS)))
 def test_opcheck(call: int) -> None:
     options = {"causal": False, "mask": None, "scale": 0.5, "window": None, "softcap": None, "alibi_slopes": None}
-    options.update(CALLS[call])
+    options |= {"dropout_p": 0.0, "top_left": False, "sinks": None, **CALLS[call]}
     tensors = [t.requires_grad_() for t in _inputs(2, 4, 2, 3, 5, 8, 8, torch.float32)]
-    torch.library.opcheck(torch.ops.fastlm.attention.default, (*tensors, *options.values(), 0.0))
+    torch.library.opcheck(torch.ops.fastlm.attention.default, (*tensors, *options.values()))
 
 
 @pytest.mark.parametrize("call", range(len(CALLS)))

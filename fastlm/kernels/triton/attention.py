@@ -1,0 +1,176 @@
+"""Attention on tensors: launches the kernels of attention_fwd.py and attention_bwd.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastlm.kernels.triton.attention_bwd import attention_delta, attention_grad_key_value, attention_grad_query
+from fastlm.kernels.triton.attention_config import Config, choose
+from fastlm.kernels.triton.attention_fwd import attention_forward
+from fastlm.reference.attention import Options
+
+__all__ = ["attention", "attention_backward"]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class _Arguments:
+    """What the kernels have in common: names of their arguments and what a call gives them."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, o: Options) -> None:
+        self.packing = o.packing
+        query, key, value = _rows(query), _rows(key), _rows(value)
+        if o.packing is None:
+            self.batch, self.heads, self.queries, dim = query.shape
+            kv_heads, self.keys = key.shape[1:3]
+        else:
+            self.batch, self.queries, self.keys = len(o.packing.starts_q) - 1, o.packing.longest_q, o.packing.longest_k
+            self.heads, dim = query.shape[1:]
+            kv_heads = key.shape[1]
+        self.group = self.heads // kv_heads
+        self.tensors = {"Q": query, "K": key, "V": value}
+        self.strides = {**self.layout("q", query), **self.layout("k", key), **self.layout("v", value)}
+        mask, slopes = o.mask, o.alibi_slopes
+        mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+        if mask is not None:
+            mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+            mask_strides = mask.expand(self.batch, self.heads, self.queries, self.keys).stride()
+        if slopes is not None:
+            slopes = slopes.float().contiguous()
+        wide = max(dim, value.shape[-1])
+        self.block = max(16, triton.next_power_of_2(wide))
+        self.common = {
+            "MASK": mask,
+            "SLOPES": slopes,
+            "SEED": o.seed,
+            "STARTS_Q": None if o.packing is None else o.packing.starts_q,
+            "STARTS_K": None if o.packing is None else o.packing.starts_k,
+            **dict(zip(("stride_mb", "stride_mh", "stride_mi", "stride_mj"), mask_strides, strict=True)),
+            "stride_sb": self.heads if slopes is not None and slopes.dim() == 2 else 0,
+            "heads": self.heads,
+            "queries": self.queries,
+            "keys": self.keys,
+            "window": o.window,
+            "scale": float(o.scale),
+            "softcap": o.softcap,
+            "dropout_p": float(o.dropout_p),
+            "GROUP": self.group,
+            "CAUSAL": bool(o.causal),
+            "TOP_LEFT": bool(o.top_left),
+            "D": dim,
+            "DV": value.shape[-1],
+            "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+            "BLOCK_DV": max(16, triton.next_power_of_2(value.shape[-1])),
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        }
+
+    def layout(self, name: str, tensor: Tensor) -> dict[str, int]:
+        """The strides of batch, head and position under the kernels' names for them."""
+        strides = tensor.stride()[:3] if self.packing is None else (0, tensor.stride(1), tensor.stride(0))
+        return {f"stride_{name}{axis}": stride for axis, stride in zip("bht", strides, strict=True)}
+
+    def per_row(self, name: str, tensor: Tensor) -> dict[str, int]:
+        """The same for a number per row: [B, H, T], or [H, sum of T]."""
+        batch, head = tensor.stride()[:2] if self.packing is None else (0, tensor.stride(0))
+        return {f"stride_{name}b": batch, f"stride_{name}h": head}
+
+    def like(self, tensor: Tensor, features: int) -> Tensor:
+        """New memory for a result of `tensor`'s shape but for its last dimension; heads of a position lie together."""
+        if self.packing is not None:
+            return tensor.new_empty(*tensor.shape[:2], features)
+        batch, heads, length, _ = tensor.shape
+        return tensor.new_empty(batch, length, heads, features).transpose(1, 2)
+
+    def launch(self, kernel: Any, config: Config, programs: int, **given: Any) -> None:
+        arguments = {**self.tensors, **self.strides, **self.common, **given}
+        taken = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+        kernel[(programs,)](
+            **taken, **config.blocks(kernel.arg_names), num_warps=config.num_warps, num_stages=config.num_stages
+        )
+
+
+def _on(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, o: Options, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp, float32: as `fastlm.reference.attention.attention_lse`.
+
+    query [B, H, Tq, D], key [B, KVH, Tk, D], value [B, KVH, Tk, Dv], D and Dv up to 256, in float32, float16 or
+    bfloat16, with any strides; results [B, H, Tq, Dv] and [B, H, Tq]. With `o.packing` [sum of Tq, H, D] and so on, and
+    results [sum of Tq, H, Dv] and [H, sum of Tq]. With `o.dropout_p`, `o.seed` is int64 [1].
+    """
+    call = _Arguments(query, key, value, o)
+    config = config or choose("forward", query, call.block)
+    output = call.like(query, value.shape[-1])
+    shape = (call.batch, call.heads, call.queries) if o.packing is None else (call.heads, query.shape[0])
+    lse = query.new_empty(shape, dtype=torch.float32)
+    # Few queries: the heads that read one key head share a block's rows, and keys and values are read once for all.
+    pack = call.group > 1 and 2 * call.queries <= config.block_m
+    together = call.group if pack else 1
+    config = config.for_rows(call.queries * together)
+    blocks = triton.cdiv(call.queries * together, config.block_m)
+    with _on(query):
+        call.launch(
+            attention_forward, config, blocks * call.batch * call.heads // together,
+            OUT=output, LSE=lse, SINKS=o.sinks, PACK=pack, **call.layout("o", output), **call.per_row("l", lse)
+        )  # fmt: skip
+    return output, lse
+
+
+def attention_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    o: Options,
+    configs: tuple[Config, Config] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of query, key, value and sinks; `output` and `lse` are what `attention` gave for the same options.
+
+    The same bits every time. `configs` are those of the kernels for keys and values, and for queries.
+    """
+    call = _Arguments(query, key, value, o)
+    of_keys, of_queries = configs or (
+        choose("grad_key_value", query, call.block),
+        choose("grad_query", query, call.block),
+    )
+    grad_output = _rows(grad_output)
+    delta = torch.empty_like(lse)
+    call.tensors |= {"OUT": output, "DO": grad_output, "LSE": lse, "DELTA": delta}
+    call.strides |= {**call.layout("o", output), **call.layout("g", grad_output), **call.per_row("l", lse)}
+    if grad_lse is not None:
+        grad_lse = _rows(grad_lse)
+        call.strides |= call.per_row("e", grad_lse)
+    else:
+        call.strides |= {"stride_eb": 0, "stride_eh": 0}
+    grad_query = call.like(query, query.shape[-1])
+    grad_key, grad_value = call.like(key, key.shape[-1]), call.like(value, value.shape[-1])
+    rows = Config(64, 64, 4, 1)
+    with _on(query):
+        programs = triton.cdiv(call.queries, rows.block_m) * call.batch * call.heads
+        call.launch(attention_delta, rows, programs, DLSE=grad_lse)
+        programs = triton.cdiv(call.keys, of_keys.block_n) * call.batch * call.heads // call.group
+        call.launch(
+            attention_grad_key_value, of_keys, programs,
+            DK=grad_key, DVALUE=grad_value, **call.layout("dk", grad_key), **call.layout("dv", grad_value)
+        )  # fmt: skip
+        programs = triton.cdiv(call.queries, of_queries.block_m) * call.batch * call.heads
+        call.launch(attention_grad_query, of_queries, programs, DQ=grad_query, **call.layout("dq", grad_query))
+    grad_sinks = None
+    if o.sinks is not None:
+        share = torch.exp(o.sinks.float()[:, None] - lse) * delta  # of [B,] H, T
+        share = share.masked_fill(lse == -torch.inf, 0.0).sum(-1)
+        grad_sinks = -(share if o.packing is not None else share.sum(0)).to(o.sinks.dtype)
+    return grad_query, grad_key, grad_value, grad_sinks
