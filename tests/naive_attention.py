@@ -19,6 +19,8 @@ def naive_attention(
     window: int | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    top_left: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """float64 [B, H, Tq, Dv] of the arguments of `fastlm.ops.attention`."""
     batch, heads, queries, dim = query.shape
@@ -33,7 +35,7 @@ def naive_attention(
         for h in range(heads):
             shared = h * kv_heads // heads
             for i in range(queries):
-                here = keys - queries + i
+                here = i if top_left else keys - queries + i
                 scores = {}
                 for j in range(keys):
                     if (causal and j > here) or (window is not None and here - j >= window):
@@ -49,6 +51,7 @@ def naive_attention(
                         score += 0.0 if mask[b][h][i][j] is True else mask[b][h][i][j]
                     scores[j] = score
                 total = sum(math.exp(score) for score in scores.values())
+                total += 0.0 if sinks is None else math.exp(sinks[h])
                 for d in range(value.shape[3]):
                     weighted = sum(math.exp(score) * v[b][shared][j][d] for j, score in scores.items())
                     output[b, h, i, d] = weighted / total if scores else 0.0

@@ -123,9 +123,7 @@ def build(
         starts = [[0, length // 3, length // 3, length // 3 + length] for length in lengths]
         starts[1][2] += 5
         starts[1][3] += 5
-        tensors = [
-            torch.randn(starts[k][-1], n, d).to(dtype) for k, (n, _, d) in zip((0, 1, 1), shapes, strict=True)
-        ]
+        tensors = [torch.randn(starts[k][-1], n, d).to(dtype) for k, (n, _, d) in zip((0, 1, 1), shapes, strict=True)]
         packing = Packing(*(torch.tensor(s, dtype=torch.int32, device=device) for s in starts), queries, max(keys, 5))
         batch = 3
     tensors = [t.to(device) for t in tensors]
@@ -137,7 +135,9 @@ def build(
     if mask == "bool":
         given = torch.rand(batch, 1, queries, keys, device=device) < 0.7
     elif mask == "additive":
-        given = torch.randn(heads, 1, keys, device=device).masked_fill(torch.rand(heads, 1, keys, device=device) < 0.2, -torch.inf)[None]
+        given = torch.randn(heads, 1, keys, device=device).masked_fill(
+            torch.rand(heads, 1, keys, device=device) < 0.2, -torch.inf
+        )[None]
     slopes = [None, torch.rand(heads, device=device), torch.rand(batch, heads, device=device)][alibi]
     options = Options(
         causal, given, dims[0] ** -0.5, window, softcap, slopes, dropout_p, top_left,
@@ -166,8 +166,7 @@ def dropping(seed: int | None, first_batch: int = 0) -> Iterator[None]:
             return weights
         shape = weights.shape
         kept = [
-            _kept(seed, start + b, h, i, j, p)
-            for b, h, i, j in itertools.product(*(range(size) for size in shape))
+            _kept(seed, start + b, h, i, j, p) for b, h, i, j in itertools.product(*(range(size) for size in shape))
         ]
         return weights * torch.tensor(kept).view(shape) / (1 - p)
 

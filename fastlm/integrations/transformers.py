@@ -61,13 +61,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """`fastlm.ops.attention` as transformers calls attention: query [B, H, T, D] to [B, T, H, D].
 
-    Keys and values keep their own number of heads. Masks are those of `sdpa`.
-
-    Raises:
-        NotImplementedError: the model wants attention sinks.
+    Keys and values keep their own number of heads. Masks are those of `sdpa`. A model's attention sinks (`s_aux`) too.
     """
-    if options.get("s_aux") is not None:
-        raise NotImplementedError("fastlm attention has no sinks (s_aux): use attn_implementation='eager'")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     mask = attention_mask
     if position_bias is not None:
@@ -82,6 +77,7 @@ def attention_forward(
         scale=scaling,
         softcap=softcap,
         dropout_p=dropout,
+        sinks=options.get("s_aux"),
     )
     return output.transpose(1, 2).contiguous(), None
 

@@ -79,6 +79,48 @@ def test_every_combination_of_options(backend: str, kv_heads: int, sizes: tuple[
             compare(ops.attention, *_inputs(2, 4, kv_heads, *sizes, 3, 5, torch.float64), **options)
 
 
+@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize("mask", ["none", "bool", "additive"])
+def test_aligned_at_the_start_and_with_sinks(sizes: tuple[int, int], mask: str) -> None:
+    for causal, window, alibi, top_left in itertools.product([False, True], [None, 1, 3], [0, 2], [False, True]):
+        options = _options(mask, causal, window, None, alibi, 2, 4, *sizes) | {"top_left": top_left}
+        tensors = _inputs(2, 4, 2, *sizes, 3, 5, torch.float64)
+        with ops.backend("torch"):
+            compare(ops.attention, *tensors, **options)
+        with ops.backend("reference"):
+            compare(ops.attention, *tensors, **options, sinks=torch.randn(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_parts_merge_by_their_log_sum_exp(dtype: torch.dtype, sinks: bool) -> None:
+    """Attention to some keys and to the others, merged, is attention to all; a sink counts with one of them."""
+    query, key, value = _inputs(2, 4, 2, 3, 9, 4, 5, dtype)
+    sink = {"sinks": torch.randn(4)} if sinks else {}
+    first, l1 = ops.attention_lse(query, key[:, :, :5], value[:, :, :5], **sink)
+    second, l2 = ops.attention_lse(query, key[:, :, 5:], value[:, :, 5:])
+    whole, both = ops.attention_lse(query, key, value, **sink)
+    torch.testing.assert_close(torch.logaddexp(l1, l2), both)
+    torch.testing.assert_close((l1 - both).exp()[..., None] * first + (l2 - both).exp()[..., None] * second, whole)
+    torch.testing.assert_close(ops.attention(query, key, value, **sink), whole)
+    nothing = ops.attention_lse(query, key, value, mask=torch.zeros(3, 9) > 0)
+    assert (nothing[0] == 0).all() and (nothing[1] == -torch.inf).all()
+
+
+def test_gradients_of_sinks_and_log_sum_exp() -> None:
+    tensors = [t.requires_grad_() for t in _inputs(1, 4, 2, 4, 3, 3, 2, torch.float64)]  # a blind query where causal
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, s: ops.attention_lse(q, k, v, causal=True, sinks=s), (*tensors, sinks)
+    )
+
+    def seen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        output, lse = ops.attention_lse(q, k, v, causal=True)
+        return output, lse[:, :, 1:]
+
+    assert torch.autograd.gradcheck(seen, tensors)
+
+
 FAULTS: dict[str, Attend] = {
     "zeros": lambda q, k, v, **o: torch.zeros_like(ops.attention(q, k, v, **o)),
     "causal off by one": lambda q, k, v, **o: ops.attention(
@@ -252,6 +294,7 @@ def test_compiled_dropout_uses_one_draw_for_forward_and_backward(softcap: float 
         ({"softcap": float("nan")}, "softcap is nan"),
         ({"alibi_slopes": torch.rand(3)}, r"alibi_slopes is .*expected shape \[4\] or \[2, 4\]"),
         ({"dropout_p": 1.0}, "dropout_p is 1.0, expected 0 <= dropout_p < 1"),
+        ({"sinks": torch.rand(2)}, r"sinks is float32 \[2\] on cpu, expected shape \[4\]"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
