@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops.checks import describe, expect_shape
-from fastlm.ops.library import tracing
+from fastlm.ops.library import tracing, triton_float_why_not, triton_kernel, triton_why_not
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import cross_entropy as reference
 
@@ -23,6 +23,33 @@ _CHUNK_ELEMENTS = 1 << 24
 _Gradients = tuple[Tensor, Tensor, Tensor]  # for hidden, weight and bias; empty where not wanted
 
 
+def _softmax_loss(
+    logits: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, smoothing: float, factor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Losses [C] of logits [C, V] + bias and, with a factor [C], their gradient p - y times the factor."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0)[:, None]
+    if bias is not None:
+        logits.add_(bias)
+    logits.sub_(logits.amax(dim=1, keepdim=True))
+    expected = logits.gather(1, index)[:, 0]
+    if smoothing:
+        expected = torch.lerp(expected, logits.mean(dim=1), smoothing)
+    p = logits.exp_()
+    total = p.sum(dim=1)
+    losses = torch.where(kept, total.log() - expected, 0.0)
+    if factor is not None:
+        p.mul_((factor / total)[:, None])
+        if smoothing:
+            p.sub_((factor * (smoothing / p.shape[1]))[:, None])
+        p.scatter_add_(1, index, (factor * (smoothing - 1))[:, None])
+    return losses, p
+
+
+_TRITON = triton_kernel("cross_entropy", "softmax_loss")
+
+
 def _sweep(
     hidden: Tensor,
     weight: Tensor,
@@ -33,11 +60,13 @@ def _sweep(
     chunk: int,
     factors: Tensor | None,
     wants: list[bool],
+    fused: bool,
 ) -> tuple[Tensor, _Gradients]:
     """Goes over the tokens in chunks. Returns each token's loss, and the gradients of sum(factors * losses).
 
     With p the softmax and y the smoothed one-hot target, a token's gradient with respect to its logits is
-    factor * (p - y). `factors` is [N] and 0 for ignored tokens, or None where no gradient is wanted.
+    factor * (p - y). `factors` is [N] and 0 for ignored tokens, or None where no gradient is wanted. `fused`: the
+    softmax is one Triton kernel.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
@@ -48,27 +77,17 @@ def _sweep(
     grad_bias = weight.new_zeros(vocabulary if want_bias else 0, dtype=wide)
     for start in range(0, tokens, chunk):
         part = slice(start, start + chunk)
-        h, t = hidden[part], target[part]
-        kept = t != ignore_index
-        index = torch.where(kept, t, 0)[:, None]
-        logits = (h @ weight.T).to(wide)
-        if bias is not None:
-            logits.add_(bias)
-        logits.sub_(logits.amax(dim=1, keepdim=True))
-        expected = logits.gather(1, index)[:, 0]
-        if smoothing:
-            expected = torch.lerp(expected, logits.mean(dim=1), smoothing)
-        p = logits.exp_()
-        total = p.sum(dim=1)
-        losses[part] = torch.where(kept, total.log() - expected, 0.0)
-        if factors is None:
+        h, factor = hidden[part], None if factors is None else factors[part].to(wide)
+        options = (bias, target[part], ignore_index, smoothing, factor)
+        if fused:
+            rows = h.new_empty(h.shape[0], -(-vocabulary // 64) * 64)  # padded, for aligned rows are read at once
+            slopes = torch.mm(h, weight.T, out=rows[:, :vocabulary])
+            losses[part] = _TRITON(slopes, *options)  # and the gradient has taken the logits' place
+        else:
+            losses[part], slopes = _softmax_loss(h @ weight.T, *options)
+        if factor is None:
             continue
-        factor = factors[part].to(wide)
-        p.mul_((factor / total)[:, None])
-        if smoothing:
-            p.sub_((factor * (smoothing / vocabulary))[:, None])
-        p.scatter_add_(1, index, (factor * (smoothing - 1))[:, None])
-        grad_logits = p.to(hidden.dtype)
+        grad_logits = slopes.to(hidden.dtype)
         if want_hidden:
             torch.mm(grad_logits, weight, out=grad_hidden[part])
         if want_weight and wide == hidden.dtype:
@@ -76,7 +95,7 @@ def _sweep(
         elif want_weight:
             grad_weight.add_(grad_logits.T @ h)
         if want_bias:
-            grad_bias.add_(p.sum(dim=0))
+            grad_bias.add_(slopes.sum(dim=0, dtype=wide))
     return losses, (grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype))
 
 
@@ -90,6 +109,7 @@ def _forward(
     reduction: str,
     chunk: int,
     wants: list[bool],
+    fused: bool,
 ) -> tuple[Tensor, _Gradients]:
     """The loss; for "mean" and "sum" also its gradients, which the backward then only scales.
 
@@ -102,7 +122,7 @@ def _forward(
         if reduction == "mean":
             factors = factors / kept.sum().clamp(min=1)
     losses, gradients = _sweep(
-        hidden, weight, target, bias, ignore_index, smoothing, chunk, factors if any(wants) else None, wants
+        hidden, weight, target, bias, ignore_index, smoothing, chunk, factors if any(wants) else None, wants, fused
     )
     if reduction == "none":
         return losses, gradients
@@ -122,10 +142,11 @@ def _backward(
     smoothing: float,
     chunk: int,
     wants: list[bool],
+    fused: bool,
 ) -> _Gradients:
     """The gradients of reduction "none" for the incoming gradient [N]."""
     factors = torch.where(target != ignore_index, grad, 0.0)
-    return _sweep(hidden, weight, target, bias, ignore_index, smoothing, chunk, factors, wants)[1]
+    return _sweep(hidden, weight, target, bias, ignore_index, smoothing, chunk, factors, wants, fused)[1]
 
 
 class _Chunked(torch.autograd.Function):
@@ -140,17 +161,20 @@ class _Chunked(torch.autograd.Function):
         smoothing: float,
         reduction: str,
         chunk: int,
+        fused: bool,
     ) -> Tensor:
         wants = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        loss, gradients = _forward(hidden, weight, target, bias, ignore_index, smoothing, reduction, chunk, wants)
-        _save(ctx, (hidden, weight, target, bias), gradients, (ignore_index, smoothing, chunk, wants), reduction)
+        loss, gradients = _forward(
+            hidden, weight, target, bias, ignore_index, smoothing, reduction, chunk, wants, fused
+        )
+        _save(ctx, (hidden, weight, target, bias), gradients, (ignore_index, smoothing, chunk, wants, fused), reduction)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         if torch.is_grad_enabled():  # create_graph=True: the gradients would pass for constants
             raise RuntimeError("cross_entropy has no second derivative; fastlm.backend('reference') has")
-        return _gradients(ctx, grad, _backward)
+        return *_gradients(ctx, grad, _backward), None
 
 
 def _save(
@@ -162,17 +186,24 @@ def _save(
 
 
 def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
-    """One entry for each argument of `_Chunked.forward`."""
-    wants = ctx.options[-1]
+    """One entry for each argument of the public op but the last, `wants` or `fused`."""
+    wants = ctx.options[3]
     found = [grad * g for g in ctx.saved_tensors] if ctx.ready else backward(grad, *ctx.saved_tensors, *ctx.options)
     hidden, weight, bias = (g if want else None for g, want in zip(found, wants, strict=True))
     return hidden, weight, None, bias, None, None, None, None
 
 
+def _triton_why_not(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *_: Any) -> str | None:
+    if weight.shape[0] == 0:
+        return "the vocabulary is empty"
+    return triton_float_why_not(hidden, weight, bias) or triton_why_not(hidden, target)
+
+
 CROSS_ENTROPY = Op(
     "cross_entropy",
     [
-        Implementation("torch", _Chunked.apply, always),
+        Implementation("triton", lambda *args: _Chunked.apply(*args, True), _triton_why_not),
+        Implementation("torch", lambda *args: _Chunked.apply(*args, False), always),
         Implementation("reference", reference.cross_entropy, always),
     ],
 )
@@ -190,8 +221,9 @@ def _cross_entropy(
     chunk_size: int,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    fused = _triton_why_not(hidden, weight, target, bias) is None
     loss, gradients = _forward(
-        hidden, weight, target, bias, ignore_index, label_smoothing, reduction, chunk_size, wants
+        hidden, weight, target, bias, ignore_index, label_smoothing, reduction, chunk_size, wants, fused
     )
     return loss, *gradients
 
@@ -225,7 +257,8 @@ def _cross_entropy_backward(
     chunk_size: int,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad, hidden, weight, target, bias, ignore_index, label_smoothing, chunk_size, wants)
+    fused = _triton_why_not(hidden, weight, target, bias) is None
+    return _backward(grad, hidden, weight, target, bias, ignore_index, label_smoothing, chunk_size, wants, fused)
 
 
 @_cross_entropy_backward.register_fake
