@@ -97,8 +97,15 @@ void differentiate(const Scores& x, int vector, const RowSums& rows, float* grad
   }
 }
 
+// A task's sums for the keys of its head, or for the values: `width` floats each, `stride` apart.
+struct KeySums {
+  float* data;
+  int64_t stride;
+};
+
 // to[j] += from[j][rows] b[rows] over the rows of the block that may see key j.
-void add_rows(const Scores& x, const float* from, const float* b, int64_t width, const float* ones, float* to) {
+void add_rows(const Scores& x, const float* from, const float* b, int64_t width, const float* ones,
+              const KeySums& to) {
   const RowBlock& block = *x.block;
   int begin = 0, end = 0;
   for (int64_t j = 0; j < x.count; j += kTileRows) {
@@ -108,13 +115,13 @@ void add_rows(const Scores& x, const float* from, const float* b, int64_t width,
     if (begin == end) continue;
     const int64_t first = begin * kLanes, last = smaller(end * kLanes, block.count);
     const Product p = {from + j * kBlockRows + first, kBlockRows, b + first * width, width, last - first,
-                       to + (x.base + j) * width, width, ones};
+                       to.data + (x.base + j) * to.stride, to.stride, ones};
     product<false>(p, static_cast<int>(rows), static_cast<int>(width / kLanes));
   }
 }
 
 void differentiate_block(const AttentionBackward& g, const RowBlock& block, const Plan& plan, const Buffers& to,
-                         float* grad_keys, float* grad_values) {
+                         const KeySums& grad_keys, const KeySums& grad_values) {
   const Attention& a = g.a;
   const auto row = [&](auto* of, const int64_t* stride) {
     return [=, &block](int r) {
@@ -180,6 +187,9 @@ void attention_backward(const AttentionBackward& g) {
   const int64_t tasks = plan.heads * plan.splits, blocks = row_blocks(a), each = thread_scratch(a);
   const int64_t products = a.batch * a.heads * a.queries * a.keys * (a.dim + a.value_dim);
   const int64_t threads = smaller(smaller(g.threads, tasks), 1 + products / kProductsPerThread);
+  const auto head_offset = [&](const int64_t* stride, int64_t head) {
+    return head / a.kv_heads * stride[0] + head % a.kv_heads * stride[1];
+  };
   int64_t next = 0;
   parallel(static_cast<int>(threads), [&](int thread, int team, Barrier& barrier) {
     Cut cut = {a.scratch + each * thread};
@@ -188,11 +198,15 @@ void attention_backward(const AttentionBackward& g) {
     for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) {
       const int64_t head = task / plan.splits;
       float* const own = partials + task * plan.partial;
-      float* const grad_keys = plan.direct ? g.grad_key + head * a.keys * a.dim : own;
-      float* const grad_values =
-          plan.direct ? g.grad_value + head * a.keys * a.value_dim : own + a.keys * plan.key_width;
-      std::memset(grad_keys, 0, sizeof(float) * a.keys * plan.key_width);
-      std::memset(grad_values, 0, sizeof(float) * a.keys * plan.value_width);
+      KeySums grad_keys = {own, plan.key_width}, grad_values = {own + a.keys * plan.key_width, plan.value_width};
+      if (plan.direct) {
+        grad_keys = {g.grad_key + head_offset(g.grad_key_stride, head), g.grad_key_stride[2]};
+        grad_values = {g.grad_value + head_offset(g.grad_value_stride, head), g.grad_value_stride[2]};
+      }
+      for (int64_t j = 0; j < a.keys; ++j) {
+        std::memset(grad_keys.data + j * grad_keys.stride, 0, sizeof(float) * plan.key_width);
+        std::memset(grad_values.data + j * grad_values.stride, 0, sizeof(float) * plan.value_width);
+      }
       for (int64_t block = task % plan.splits; block < blocks; block += plan.splits)
         differentiate_block(g, row_block(a, head, block), plan, buffers, grad_keys, grad_values);
     }
@@ -202,9 +216,10 @@ void attention_backward(const AttentionBackward& g) {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const float* partial = partials + row / a.keys * plan.splits * plan.partial;
       const int64_t j = row % a.keys;
-      add_partials(plan, partial + j * plan.key_width, a.dim, g.grad_key + row * a.dim);
+      add_partials(plan, partial + j * plan.key_width, a.dim,
+                   g.grad_key + head_offset(g.grad_key_stride, row / a.keys) + j * g.grad_key_stride[2]);
       add_partials(plan, partial + a.keys * plan.key_width + j * plan.value_width, a.value_dim,
-                   g.grad_value + row * a.value_dim);
+                   g.grad_value + head_offset(g.grad_value_stride, row / a.keys) + j * g.grad_value_stride[2]);
     }
   });
 }

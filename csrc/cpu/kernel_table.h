@@ -10,14 +10,13 @@
 #include "fastlm/attention_decode.h"
 #include "fastlm/elementwise.h"
 #include "fastlm/kv_append.h"
-#include "fastlm/layer_norm.h"
 #include "fastlm/linear.h"
 #include "fastlm/lstm.h"
 #include "fastlm/lstm_variants.h"
 #include "fastlm/math.h"
+#include "fastlm/norm.h"
 #include "fastlm/pack.h"
 #include "fastlm/recurrent.h"
-#include "fastlm/rms_norm.h"
 #include "fastlm/rotary.h"
 #include "fastlm/sample.h"
 
@@ -26,10 +25,10 @@
   X(int64_t, sample, (const SampleArgs& args), (args))                              \
   X(int, simd_lanes, (), ())                                                        \
   X(void, activation, (const Activation& a), (a))                                   \
+  X(void, activation_backward, (const ActivationBackward& a), (a))                  \
   X(void, add, (const Add& a), (a))                                                 \
   X(void, copy_rows, (const CopyRows& a), (a))                                      \
   X(void, kv_append, (const KvAppend& a), (a))                                      \
-  X(void, layer_norm, (const LayerNorm& a), (a))                                    \
   X(void, offset, (const Offset& a), (a))                                           \
   X(void, linear, (const LinearArgs& a), (a))                                       \
   X(void, interleave, (const Interleave& a), (a))                                   \
@@ -42,8 +41,10 @@
   X(int64_t, attention_decode_check, (const AttentionDecode& a), (a))               \
   X(int64_t, attention_decode_scratch, (const AttentionDecode& a, int64_t longest), (a, longest)) \
   X(void, math_apply, (MathFunction f, const float* x, float* y, int64_t n), (f, x, y, n)) \
+  X(void, norm, (const Norm& a), (a))                                               \
+  X(void, norm_backward, (const NormBackward& a), (a))                              \
+  X(int64_t, norm_backward_scratch, (const NormBackward& a), (a))                   \
   X(void, pack_panels, (const PackPanels& a), (a))                                  \
-  X(void, rms_norm, (const RmsNorm& a), (a))                                        \
   X(void, rotary, (const Rotary& a), (a))                                           \
   X(int64_t, packed_size, (int64_t k, int64_t n, int64_t gates), (k, n, gates))     \
   X(void, lstm_forward, (const LstmForward& a), (a))                                \

@@ -85,12 +85,11 @@ void backward(const py::tuple& forward_arguments, const py::tuple& grad_output, 
   const Attention& a = g.a;
   const Sizes query = {a.batch, a.heads, a.queries, a.dim};
   const Sizes key = {a.batch, a.kv_heads, a.keys, a.dim}, value = {a.batch, a.kv_heads, a.keys, a.value_dim};
-  int64_t unused[3];
   Tensor(grad_output)
       .give("grad_output", {a.batch, a.heads, a.queries, a.value_dim}, &g.grad_output, g.grad_output_stride);
   Tensor(grad_query).give("grad_query", query, &g.grad_query, g.grad_query_stride);
-  Tensor(grad_key).give("grad_key", key, &g.grad_key, unused);
-  Tensor(grad_value).give("grad_value", value, &g.grad_value, unused);
+  Tensor(grad_key).give("grad_key", key, &g.grad_key, g.grad_key_stride);
+  Tensor(grad_value).give("grad_value", value, &g.grad_value, g.grad_value_stride);
   g.threads = a.threads;
   g.a.scratch = static_cast<float*>(scratch(attention_backward_scratch(g) * sizeof(float)));
   launch(&attention_backward, g);

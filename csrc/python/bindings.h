@@ -68,11 +68,10 @@ void bind_activation(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_attention_decode(py::module_& m);
 void bind_elementwise(py::module_& m);
-void bind_layer_norm(py::module_& m);
+void bind_norm(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_lstm(py::module_& m);
 void bind_program(py::module_& m);
-void bind_rms_norm(py::module_& m);
 void bind_rotary(py::module_& m);
 void bind_sample(py::module_& m);
 

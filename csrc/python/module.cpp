@@ -15,11 +15,10 @@ PYBIND11_MODULE(_native, m) {
   fastlm::bind_attention(m);
   fastlm::bind_attention_decode(m);
   fastlm::bind_elementwise(m);
-  fastlm::bind_layer_norm(m);
+  fastlm::bind_norm(m);
   fastlm::bind_linear(m);
   fastlm::bind_lstm(m);
   fastlm::bind_program(m);
-  fastlm::bind_rms_norm(m);
   fastlm::bind_rotary(m);
   fastlm::bind_sample(m);
 }

@@ -141,6 +141,11 @@ struct Case {
     }
     g.grad_key = dk.data();
     g.grad_value = dv.data();
+    const auto contiguous = [&](int64_t dim, int64_t* stride) {
+      stride[2] = dim, stride[1] = a.keys * dim, stride[0] = a.kv_heads * a.keys * dim;
+    };
+    contiguous(a.dim, g.grad_key_stride);
+    contiguous(a.value_dim, g.grad_value_stride);
     g.threads = a.threads;
     Scratch scratch(fastlm::attention_backward_scratch(g));
     g.a.scratch = scratch.data();

@@ -7,7 +7,7 @@
 #include "fastlm/kv_append.h"
 #include "fastlm/linear.h"
 #include "fastlm/program.h"
-#include "fastlm/rms_norm.h"
+#include "fastlm/norm.h"
 
 namespace {
 
@@ -15,7 +15,7 @@ using fastlm::Program;
 
 constexpr int64_t kSize = 512;  // a product of this size is worth several threads
 
-// x = rms_norm(W x) + x, `layers` times; then a counter moves, and the program sees it.
+// x = norm(W x) + x, `layers` times; then a counter moves, and the program sees it.
 struct Network {
   std::vector<float> weight, x, product, norm;
   int64_t count = 0;
@@ -28,14 +28,16 @@ struct Network {
     return {x.data(), nullptr, {{weight.data(), nullptr, product.data(), kSize, fastlm::WeightKind::kF32}}, 1, 1, kSize,
             fastlm::Rounding::kNone, threads};
   }
-  fastlm::RmsNorm norm_of(int threads) { return {product.data(), nullptr, norm.data(), 1, kSize, 1e-5f, threads}; }
+  fastlm::Norm norm_of(int threads) {
+    return {product.data(), nullptr, nullptr, norm.data(), nullptr, 1, kSize, 1e-5f, false, false, threads};
+  }
   fastlm::Add add(int threads) { return {x.data(), norm.data(), x.data(), kSize, threads}; }
   fastlm::Offset advance() { return {&count, nullptr, 1, &count, nullptr, 1, 1}; }
 
   void run(int layers) {
     for (int layer = 0; layer < layers; ++layer) {
       fastlm::linear(linear(1));
-      fastlm::rms_norm(norm_of(1));
+      fastlm::norm(norm_of(1));
       fastlm::add(add(1));
     }
     fastlm::offset(advance());
@@ -43,7 +45,7 @@ struct Network {
   void record(Program& program, int layers, int threads) {
     for (int layer = 0; layer < layers; ++layer) {
       program.add([=] { return fastlm::linear(linear(threads)), int64_t{-1}; });
-      program.add([=] { return fastlm::rms_norm(norm_of(threads)), int64_t{-1}; });
+      program.add([=] { return fastlm::norm(norm_of(threads)), int64_t{-1}; });
       program.add([=] { return fastlm::add(add(threads)), int64_t{-1}; });
     }
     program.add([=] { return fastlm::offset(advance()), int64_t{-1}; });

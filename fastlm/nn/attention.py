@@ -82,6 +82,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [B, T, hidden_size] to [B, T, hidden_size]; with a step, behind what layer `layer` of its cache holds."""
         batch, count, _ = x.shape
+        dropout = self.dropout if self.training else 0.0
+        if self.fused and rotary is None and step is None:
+            heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+            y = ops.packed_attention(self.qkv(x), **heads, causal=True, window=self.window, dropout_p=dropout)
+            return self.output(y)
         if self.fused:
             kv_size = self.num_kv_heads * self.head_dim
             q, k, v = self.qkv(x).split((self.num_heads * self.head_dim, kv_size, kv_size), dim=-1)
@@ -93,7 +98,6 @@ class Attention(nn.Module):
             q = ops.rotary(q, cos, sin, interleaved=interleaved, starts=starts)
             k = ops.rotary(k, cos, sin, interleaved=interleaved, starts=starts)
         if step is None:
-            dropout = self.dropout if self.training else 0.0
             y = ops.attention(q, k, v, causal=True, window=self.window, dropout_p=dropout)
         else:
             step.append(layer, k, v)

@@ -3,6 +3,7 @@
 from fastlm.ops.activation import gelu, swiglu
 from fastlm.ops.attention import attention, attention_lse
 from fastlm.ops.attention_decode import attention_decode
+from fastlm.ops.attention_packed import packed_attention
 from fastlm.ops.attention_paged import attention_paged
 from fastlm.ops.attention_varlen import attention_varlen
 from fastlm.ops.cross_entropy import cross_entropy
@@ -41,6 +42,7 @@ __all__ = [
     "lstm_cell",
     "lstm_variant",
     "offset",
+    "packed_attention",
     "rms_norm",
     "rnn",
     "rnn_cell",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,6 +13,7 @@ from fastlm.kernels.cpu import activation as kernel
 from fastlm.ops.checks import describe
 from fastlm.ops.library import (
     autograd_by_reference,
+    differentiable_once,
     needs_grad,
     opaque_kernel_why_not,
     tracing,
@@ -23,16 +26,39 @@ from fastlm.reference import activation as reference
 __all__ = ["gelu", "swiglu"]
 
 
-def _cpu_why_not(*inputs: Tensor) -> str | None:
+class _Activation(torch.autograd.Function):
+    """Keeps its inputs alone; the backward computes what it needs of the forward again, in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, function: str, *inputs: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return kernel.activation(function, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        differentiable_once("swiglu" if ctx.function == "silu" else "gelu")
+        inputs = ctx.saved_tensors  # read once: under `recompute` that runs the layer again
+        grads = kernel.activation_backward(ctx.function, grad_output, *inputs)
+        return None, *grads[: len(inputs)]
+
+
+def _cpu_run(function: str, *inputs: Tensor) -> Tensor:
     if needs_grad(*inputs):
-        return "a gradient is wanted"
-    return opaque_kernel_why_not(native.CPU, *inputs)
+        result: Tensor = _Activation.apply(function, *inputs)
+        return result
+    return kernel.activation(function, *inputs)
+
+
+def _cpu_why_not(*inputs: Tensor) -> str | None:
+    dtype = torch.bfloat16 if inputs[0].dtype is torch.bfloat16 else torch.float32
+    return opaque_kernel_why_not(native.CPU, *inputs, dtype=dtype)
 
 
 GELU = Op(
     "gelu",
     [
-        Implementation("cpu", lambda input: kernel.activation("gelu", input), _cpu_why_not),
+        Implementation("cpu", lambda input: _cpu_run("gelu", input), _cpu_why_not),
         Implementation("triton", triton_kernel("activation", "gelu"), triton_float_why_not),
         Implementation("torch", lambda input: functional.gelu(input, approximate="tanh"), always),
         Implementation("reference", reference.gelu, always),
@@ -41,7 +67,7 @@ GELU = Op(
 SWIGLU = Op(
     "swiglu",
     [
-        Implementation("cpu", lambda gate, up: kernel.activation("silu", gate, up), _cpu_why_not),
+        Implementation("cpu", lambda gate, up: _cpu_run("silu", gate, up), _cpu_why_not),
         Implementation("triton", triton_kernel("activation", "swiglu"), triton_float_why_not),
         Implementation("torch", lambda gate, up: functional.silu(gate) * up, always),
         Implementation("reference", reference.swiglu, always),

@@ -7,25 +7,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu import layer_norm as kernel
 from fastlm.ops.checks import expect_shape
 from fastlm.ops.library import (
     autograd_by_reference,
-    needs_grad,
     opaque_kernel_why_not,
     tracing,
     triton_float_why_not,
     triton_kernel,
 )
+from fastlm.ops.norm import cpu_norm
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import layer_norm as reference
 
 __all__ = ["layer_norm"]
 
 
+def _cpu_run(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return cpu_norm(input, weight, bias, eps, centre=True)
+
+
 def _cpu_why_not(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:
-    if needs_grad(input, weight, bias):
-        return "a gradient is wanted"
     return opaque_kernel_why_not(native.CPU, input, weight, bias)
 
 
@@ -49,7 +50,7 @@ def _torch_why_not(input: Tensor, weight: Tensor | None, bias: Tensor | None, ep
 LAYER_NORM = Op(
     "layer_norm",
     [
-        Implementation("cpu", kernel.layer_norm, _cpu_why_not),
+        Implementation("cpu", _cpu_run, _cpu_why_not),
         Implementation("triton", triton_kernel("norm", "layer_norm"), _triton_why_not),
         Implementation("torch", _torch_run, _torch_why_not),
         Implementation("reference", reference.layer_norm, always),

@@ -23,6 +23,7 @@ from fastlm.ops.registry import choosing, forced_backend
 
 __all__ = [
     "autograd_by_reference",
+    "differentiable_once",
     "needs_grad",
     "opaque_kernel_why_not",
     "tracing",
@@ -46,15 +47,22 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def opaque_kernel_why_not(module: native.NativeModule, *tensors: Tensor | None) -> str | None:
-    """Why a native float32 CPU kernel, of which torch sees nothing, can't stand for the op here; None where it can."""
+def opaque_kernel_why_not(
+    module: native.NativeModule, *tensors: Tensor | None, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Why a native CPU kernel, of which torch sees nothing, can't stand for the op here; None where it can.
+
+    `dtype` is what the kernel takes.
+    """
     if module.module is None:
         return module.error
     for tensor in tensors:
         if tensor is not None and not (
-            tensor.dtype is torch.float32 and tensor.is_cpu and (type(tensor) is Parameter or type(tensor) is Tensor)
+            tensor.dtype is dtype and tensor.is_cpu and (type(tensor) is Parameter or type(tensor) is Tensor)
         ):
-            return f"a {type(tensor).__name__} of {describe(tensor)}: the kernel takes plain float32 on the CPU"
+            return (
+                f"a {type(tensor).__name__} of {describe(tensor)}: the kernel takes plain {str(dtype)[6:]} on the CPU"
+            )
     return _transform()
 
 
@@ -111,6 +119,17 @@ def _transform() -> str | None:
     if torch._C._get_tracing_state() is not None:
         return "inside torch.jit.trace"
     return None
+
+
+def differentiable_once(op: str) -> None:
+    """For the backward of an `autograd.Function` over a native kernel: refuses create_graph=True, under which its
+    result would pass for a constant.
+
+    Raises:
+        RuntimeError: naming the op, and what has a second derivative.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: the native kernel has no second derivative; fastlm.backend('reference') has")
 
 
 def autograd_by_reference(definition: Any, reference: Callable[..., Any], *, differentiable: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -49,6 +49,61 @@ def test_native_within_the_bound(rows: int, columns: int, gated: bool, transpose
         y = ours(x, u)
     # On a single element torch may be exact by luck. GELU's exponent reaches 20, and so many times its rounding shows.
     assert_close_to_reference(y, theirs(x, u), spec(x.double(), None if u is None else u.double()), floor=3e-6)
+
+
+def compare_gradients(found: Sequence[Tensor], inputs: list[Tensor], upstream: Tensor) -> None:
+    """Each gradient against the formula's in float64, bounded by torch's error in the inputs' dtype."""
+    results = []
+    for dtype in (inputs[0].dtype, torch.float64):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        results.append(torch.autograd.grad(theirs(*leaves, *[None] * (2 - len(leaves))), leaves, upstream.to(dtype)))
+    for fast, same, exact in zip(found, *results, strict=True):
+        assert_close_to_reference(fast, same, exact, floor=3e-6)
+
+
+def native_gradients(inputs: list[Tensor], upstream: Tensor) -> Sequence[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with ops.backend("cpu"):
+        return torch.autograd.grad(ours(*leaves, *[None] * (2 - len(leaves))), leaves, upstream)
+
+
+@needs_native
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=2),
+    gated=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_native_gradients(shape: list[int], gated: bool, dtype: torch.dtype) -> None:
+    inputs = [(torch.randn(shape) * 4).to(dtype) for _ in range(2 if gated else 1)]
+    upstream = torch.randn(shape).to(dtype)
+    compare_gradients(native_gradients(inputs, upstream), inputs, upstream)
+
+
+@needs_native
+@pytest.mark.parametrize("fault", ["zeros", "sigmoid for the slope", "value for the slope", "factor left out"])
+def test_planted_faults_in_gradients_are_found(fault: str) -> None:
+    x, u, g = torch.randn(3, 40, 20)
+    grad_x, grad_u = native_gradients([x, u], g)
+    compare_gradients((grad_x, grad_u), [x, u], g)
+    wrong = {
+        "zeros": torch.zeros_like(x),
+        "sigmoid for the slope": g * u * x.sigmoid(),
+        "value for the slope": g * u * functional.silu(x),
+        "factor left out": native_gradients([x, torch.ones_like(u)], g)[0],
+    }[fault]
+    with pytest.raises(AssertionError):
+        compare_gradients((wrong, grad_u), [x, u], g)
+
+
+@needs_native
+@pytest.mark.parametrize("gated", [False, True])
+def test_native_bfloat16_is_the_float_result_rounded(gated: bool, isa: str) -> None:
+    x, u = (torch.randn(77) * 4).bfloat16(), torch.randn(77).bfloat16() if gated else None
+    with ops.backend("cpu"):
+        assert torch.equal(ours(x, u), ours(x.float(), None if u is None else u.float()).bfloat16())
+        special = torch.tensor([float("nan"), float("inf"), 3.3e38, -3.3e38]).bfloat16()
+        assert torch.equal(ours(special, None).isnan(), torch.tensor([True, False, False, False]))
 
 
 @needs_native

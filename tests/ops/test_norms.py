@@ -143,16 +143,93 @@ def test_a_row_depends_on_that_row_alone(norm: str, isa: str) -> None:
 
 def test_native_steps_aside(norm: str, isa: str) -> None:
     op = NORMS[norm][0]
-    x, weight = torch.randn(2, 8), torch.nn.Parameter(torch.randn(8))
-    assert ops.explain(op, x, weight).chosen == "torch"
-    with torch.inference_mode():
-        assert ops.explain(op, x, weight).chosen == "cpu"
-        assert ops.explain(op, x.double(), weight.double()).chosen == "torch"
-    weight = weight.detach()
+    x, weight = torch.randn(2, 8), torch.randn(8)
+    assert ops.explain(op, x, torch.nn.Parameter(weight)).chosen == "cpu"
+    assert ops.explain(op, x.double(), weight.double()).chosen == "torch"
     plain = op(x, weight)
     torch.testing.assert_close(torch.func.vmap(lambda row: op(row, weight))(x), plain)
     _, tangent = torch.func.jvp(lambda x: op(x, weight, eps=0.0), (x,), (x,))
     torch.testing.assert_close(tangent, torch.zeros_like(x), atol=1e-5, rtol=0)  # scaling x changes nothing
+
+
+def _native_gradients(norm: str, inputs: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with ops.backend("cpu"):
+        return torch.autograd.grad(NORMS[norm][0](*leaves, eps=0.1), leaves, upstream)
+
+
+def compare_gradients(norm: str, found: tuple[Tensor, ...], inputs: list[Tensor], upstream: Tensor) -> None:
+    """Each gradient against the formula's in float64, bounded by torch's error."""
+    torch_op = NORMS[norm][2]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        results.append(torch.autograd.grad(torch_op(*leaves, eps=0.1), leaves, upstream.to(dtype)))
+    for fast, same, exact in zip(found, *results, strict=True):
+        assert_close_to_reference(fast, same, exact, floor=2e-6)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 8, 16, 17, 65, 576])
+def test_native_gradients(norm: str, isa: str, poisoned: None, dim: int) -> None:
+    whole = torch.randn(3, 40, 2 * dim) + 0.5
+    for x in (whole[..., :dim], whole[0, :, ::2] if dim > 1 else whole[0, :, :1], whole[0, 0, dim:]):
+        inputs, upstream = [x, *_parameters(norm, dim)], torch.randn(x.shape)
+        found = _native_gradients(norm, inputs, upstream)
+        compare_gradients(norm, found, inputs, upstream)
+        # What is not wanted is not computed, and the rest stays as it is.
+        only = x.detach().requires_grad_()
+        with ops.backend("cpu"):
+            y = NORMS[norm][0](only, *inputs[1:], eps=0.1)
+        assert torch.equal(torch.autograd.grad(y, only, upstream)[0], found[0])
+
+
+def test_gradients_do_not_depend_on_threads(norm: str, isa: str) -> None:
+    inputs, upstream = [torch.randn(700, 65), *_parameters(norm, 65)], torch.randn(700, 65)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(_native_gradients(norm, inputs, upstream))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("fault", ["zeros", "mean forgotten", "statistics constant", "weight left out"])
+def test_planted_faults_in_gradients_are_found(norm: str, fault: str) -> None:
+    inputs, upstream = [torch.randn(30, 33) + 0.5, *_parameters(norm, 33)], torch.randn(30, 33)
+    grad_x, *rest = _native_gradients(norm, inputs, upstream)
+    compare_gradients(norm, (grad_x, *rest), inputs, upstream)
+    x, weight = inputs[:2]
+    centred = x - x.mean(-1, keepdim=True) * (norm == "layer_norm")
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + 0.1)
+    wrong = {
+        "zeros": torch.zeros_like(x),
+        "mean forgotten": grad_x + (upstream * weight).mean(-1, keepdim=True) * scale,
+        "statistics constant": upstream * weight * scale,
+        "weight left out": _native_gradients(norm, [x, torch.ones(33), *inputs[2:]], upstream)[0],
+    }[fault]
+    with pytest.raises(AssertionError):
+        compare_gradients(norm, (wrong, *rest), inputs, upstream)
+
+
+def test_autocast_rounds_once(norm: str, isa: str) -> None:
+    op, parameters = NORMS[norm][0], _parameters(norm, 65)
+    x, upstream = torch.randn(20, 65), torch.randn(20, 65).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+        y = op(*leaves)
+    assert torch.equal(y, op(x, *parameters).bfloat16())
+    got = torch.autograd.grad(y, leaves, upstream)
+    wanted = torch.autograd.grad(op(*leaves), leaves, upstream.float())
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype is torch.float32 and torch.equal(a, b)
+
+
+def test_no_second_derivative(norm: str) -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"{norm}: the native kernel has no second derivative"):
+        torch.autograd.grad(NORMS[norm][0](x).sum(), x, create_graph=True)
 
 
 FAULTS: dict[str, Norm] = {

@@ -47,8 +47,10 @@ struct AttentionBackward {
   int64_t grad_output_stride[3];
   float* grad_query;  // [batch, heads, queries, dim]
   int64_t grad_query_stride[3];
-  float* grad_key;    // [batch, kv_heads, keys, dim], contiguous
-  float* grad_value;  // [batch, kv_heads, keys, value_dim], contiguous
+  float* grad_key;  // [batch, kv_heads, keys, dim]
+  int64_t grad_key_stride[3];
+  float* grad_value;  // [batch, kv_heads, keys, value_dim]
+  int64_t grad_value_stride[3];
   int threads;
 };
 

@@ -82,13 +82,23 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, save: bo
 
 
 def attention_backward(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, *options: Any
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *options: Any,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value; `output` and `lse` are what `attention(..., save=True)` returned."""
+    """The gradients of query, key and value, in `out` if given (each row's features contiguous); `output` and `lse` are
+    what `attention(..., save=True)` returned."""
     batch, heads, queries, dim = query.shape
     grad_output = _rows(grad_output)
-    grad_query = query.new_empty(batch, queries, heads, dim).transpose(1, 2)
-    grad_key, grad_value = query.new_empty(key.shape), query.new_empty(value.shape)
+    if out is None:
+        grad_query = query.new_empty(batch, queries, heads, dim).transpose(1, 2)
+        out = grad_query, query.new_empty(key.shape), query.new_empty(value.shape)
+    grad_query, grad_key, grad_value = out
     arguments = _Arguments(query, key, value, output, lse, *options)
     native.CPU.require().attention_backward(
         arguments.native, _layout(grad_output), _layout(grad_query), _layout(grad_key), _layout(grad_value)
