@@ -215,14 +215,16 @@ def inference(case: Case, inputs: Inputs, run: Run = call) -> dict[str, Tensor]:
         return dict(zip(["output", "h_n", "c_n"], run(case, inputs), strict=False))
 
 
-def compare(case: Case, fast: Run, *, floor: float = 1e-6, least: float = 0.0) -> None:
-    """Asserts the design's bound for every output and gradient of `fast` in float32, with and without gradients.
+def compare(
+    case: Case, fast: Run, *, floor: float = 1e-6, least: float = 0.0, dtype: torch.dtype = torch.float32
+) -> None:
+    """Asserts the design's bound for every output and gradient of `fast` in `dtype`, with and without gradients.
 
     Over thousands of random cases a floor of 1e-6 would fail a few: among a handful of numbers whose terms cancel,
     torch is sometimes lucky. Those pass 1e-5; a fault is off by a hundred times more at least. The floor is relative to
     the result's magnitude or to `least`, whichever is greater.
     """
-    single = make_inputs(case).to(torch.float32)
+    single = make_inputs(case).to(dtype)
     exact = named_results(case, single.to(torch.float64), run_reference)
     same_dtype = named_results(case, single, run_torch)
     for results in (named_results(case, single, fast), inference(case, single, fast)):

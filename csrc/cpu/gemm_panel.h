@@ -7,8 +7,11 @@
 //
 // The products are summed in k order in blocks of kBlock, whatever the number of rows: a row's result never depends
 // on the rows beside it. (Block sums also keep the error of a long sum near that of a short one.)
+//
+// Weights are float, or bfloat16 (uint16_t) at half the bytes; rows and sums are float either way.
 #pragma once
 
+#include "convert.h"
 #include "simd.h"
 
 namespace fastlm {
@@ -39,14 +42,17 @@ struct Rows {
   const float* operator[](int64_t i) const { return (i < split ? first : rest) + i * stride; }
 };
 
+FASTLM_INLINE vf load_weights(const float* p) { return load(p); }
+FASTLM_INLINE vf load_weights(const uint16_t* p) { return load_bfloats(p); }
+
 // out[r][slot][lanes] += sum over k < n of rows[r][k] * panel[k][v][lanes], for R rows and V vectors. Vector v goes to
 // slot v, the last one to slot Last.
 //
 // With `Fetch` (the first tile to use this part of the panel) the weights are fetched 4 KB ahead, across the pages at
 // which the hardware's prefetcher stops; an address beyond the matrix does no harm. Not inlined, since among the
 // callers' variables GCC keeps the rows' addresses in memory.
-template <int R, bool Fetch, int V, int Last>
-static __attribute__((noinline)) void panel_tile(const float* const* rows, const float* panel, int64_t n, float* out,
+template <int R, bool Fetch, int V, int Last, typename W>
+static __attribute__((noinline)) void panel_tile(const float* const* rows, const W* panel, int64_t n, float* out,
                                                  int64_t out_stride) {
   vf sum[R][V];
 #pragma GCC unroll 8
@@ -55,10 +61,11 @@ static __attribute__((noinline)) void panel_tile(const float* const* rows, const
     for (int v = 0; v < V; ++v) sum[r][v] = vf{};
   for (int64_t k = 0; k < n; ++k, panel += V * kLanes) {
     if (Fetch)
-      for (int line = 0; line < V * kLanes; line += 16) __builtin_prefetch(panel + 1024 + line);
+      for (int line = 0; line < V * kLanes; line += 64 / sizeof(W))
+        __builtin_prefetch(panel + 4096 / sizeof(W) + line);
     vf weight[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) weight[v] = load(panel + v * kLanes);
+    for (int v = 0; v < V; ++v) weight[v] = load_weights(panel + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vf x = broadcast(rows[r][k]);
@@ -76,8 +83,8 @@ static __attribute__((noinline)) void panel_tile(const float* const* rows, const
 }
 
 // Picks the tile of `count` <= R rows.
-template <int R, int V, int Last>
-FASTLM_INLINE void panel_rows(int64_t count, const float* const* rows, const float* panel, int64_t n, float* out,
+template <int R, int V, int Last, typename W>
+FASTLM_INLINE void panel_rows(int64_t count, const float* const* rows, const W* panel, int64_t n, float* out,
                               int64_t out_stride, bool fetch) {
   if constexpr (R > 0) {
     if (count < R) return panel_rows<R - 1, V, Last>(count, rows, panel, n, out, out_stride, fetch);
@@ -87,13 +94,13 @@ FASTLM_INLINE void panel_rows(int64_t count, const float* const* rows, const flo
 }
 
 // out[i][slot][lanes] += row i of `rows` [count, k] times one panel [k][V][lanes]; rows of out are out_stride apart.
-template <int V = 4, int Last = V - 1>
-static __attribute__((noinline)) void panel_product(const Rows& rows, int64_t count, const float* panel, int64_t k,
+template <int V = 4, int Last = V - 1, typename W = float>
+static __attribute__((noinline)) void panel_product(const Rows& rows, int64_t count, const W* panel, int64_t k,
                                                     float* out, int64_t out_stride) {
   const int64_t tiles = panels_for(count, kRows);
   for (int64_t begin = 0; begin < k; begin += kBlock) {
     const int64_t n = k - begin < kBlock ? k - begin : kBlock;
-    const float* block = panel + begin * V * kLanes;
+    const W* block = panel + begin * V * kLanes;
     for (int64_t i = 0, left = tiles; left > 0; --left) {
       const int64_t tile = panels_for(count - i, left);  // even ones: eight rows are quicker as 4 + 4 than as 6 + 2
       const float* at[kRows];

@@ -30,6 +30,7 @@ void zero_panel(float* tile, int64_t rows, int64_t stride) {
     for (int v = 0; v < 4; ++v) store(tile + i * stride + v * kLanes, vf{});
 }
 
+template <typename W>
 class Forward {
  public:
   explicit Forward(const LstmForward& args) : a(args) {
@@ -64,7 +65,7 @@ class Forward {
         float* gates = gates_ + (u * gate_rows_ + low - base(low)) * kPanel;
         fill_bias(gates, a.bias + u * kPanel, high - low);
         const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
-        panel_product(input, high - low, a.w_ih + u * a.inputs * kPanel, a.inputs, gates, kPanel);
+        panel_product(input, high - low, panel(a.w_ih, u, a.inputs), a.inputs, gates, kPanel);
       }
     };
     walk_in_chunks(a.batch_sizes, a.steps, total_, a.reverse, inputs, [&](const Walk& step, int64_t low) {
@@ -80,8 +81,12 @@ class Forward {
   }
 
  private:
+  static const W* panel(const void* weights, int64_t index, int64_t k) {
+    return static_cast<const W*>(weights) + index * k * kPanel;
+  }
+
   void hidden_panel(const Walk& step, int64_t u, float* gates) {
-    panel_product(state_before(step, a.output, a.h0, a.outputs), step.rows(), a.w_hh + u * a.outputs * kPanel, a.outputs,
+    panel_product(state_before(step, a.output, a.h0, a.outputs), step.rows(), panel(a.w_hh, u, a.outputs), a.outputs,
                   gates, kPanel);
     const int64_t at = u * kLanes, width = a.hidden;
     const int n = lanes_left(width, at);
@@ -103,7 +108,7 @@ class Forward {
     const int64_t stride = padded(a.outputs), at = p * kPanel;
     const float* hidden = save_ ? a.unprojected + step.begin * a.hidden : step_hidden_;
     zero_panel(projected_ + at, step.rows(), stride);
-    panel_product({hidden, nullptr, step.rows(), a.hidden}, step.rows(), a.w_hr + p * a.hidden * kPanel, a.hidden,
+    panel_product({hidden, nullptr, step.rows(), a.hidden}, step.rows(), panel(a.w_hr, p, a.hidden), a.hidden,
                   projected_ + at, stride);
     const int64_t bytes = (a.outputs - at < kPanel ? a.outputs - at : kPanel) * static_cast<int64_t>(sizeof(float));
     for (int64_t i = 0; i < step.rows(); ++i) {
@@ -240,8 +245,10 @@ int64_t lstm_backward_scratch(int64_t batch, int64_t hidden, int64_t outputs, bo
 }
 
 void lstm_forward(const LstmForward& args) {
-  Forward layer(args);
-  parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+  const auto run = [](auto&& layer) {
+    parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+  };
+  args.bfloat ? run(Forward<uint16_t>(args)) : run(Forward<float>(args));
 }
 
 void lstm_backward(const LstmBackward& args) {
@@ -249,7 +256,9 @@ void lstm_backward(const LstmBackward& args) {
   parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
 }
 
-void lstm_cell(const LstmCell& a) {
+template <typename W>
+static void cell_as(const LstmCell& a) {
+  const auto *w_ih = static_cast<const W*>(a.w_ih), *w_hh = static_cast<const W*>(a.w_hh);
   constexpr int64_t kTile = 48;  // rows at a time: their gates stay in the level-1 cache
   const int64_t panels = panels_for(a.hidden, kLanes);
   const int team = useful_threads(a.threads, a.batch * 4 * a.hidden * (a.inputs + a.hidden), panels);
@@ -262,9 +271,9 @@ void lstm_cell(const LstmCell& a) {
       for (int64_t low = 0; low < a.batch; low += kTile) {
         const int64_t rows = a.batch - low < kTile ? a.batch - low : kTile;
         fill_bias(gates, a.bias + u * kPanel, rows);
-        panel_product({a.input + low * a.inputs, nullptr, rows, a.inputs}, rows, a.w_ih + u * a.inputs * kPanel,
-                      a.inputs, gates, kPanel);
-        panel_product({a.h + low * a.hidden, nullptr, rows, a.hidden}, rows, a.w_hh + u * a.hidden * kPanel, a.hidden,
+        panel_product({a.input + low * a.inputs, nullptr, rows, a.inputs}, rows, w_ih + u * a.inputs * kPanel, a.inputs,
+                      gates, kPanel);
+        panel_product({a.h + low * a.hidden, nullptr, rows, a.hidden}, rows, w_hh + u * a.hidden * kPanel, a.hidden,
                       gates, kPanel);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t cell = (low + i) * a.hidden + at;
@@ -276,6 +285,8 @@ void lstm_cell(const LstmCell& a) {
     });
   });
 }
+
+void lstm_cell(const LstmCell& a) { a.bfloat ? cell_as<uint16_t>(a) : cell_as<float>(a); }
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

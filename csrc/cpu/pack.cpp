@@ -5,7 +5,10 @@
 namespace fastlm {
 namespace FASTLM_ISA {
 
-void pack_panels(const PackPanels& a) {
+namespace {
+
+template <typename W>
+void pack_as(const PackPanels& a) {
   const bool by_gates = a.gates != 0;
   const int64_t units = by_gates ? a.n / a.gates : a.n;
   const int64_t per_panel = by_gates ? kLanes : kPanel;
@@ -16,21 +19,21 @@ void pack_panels(const PackPanels& a) {
   constexpr int64_t kTile = 16;  // a cache line of the source, when it is read along k
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1)
   for (int64_t p = 0; p < panels; ++p) {
-    float* panel = a.packed + p * a.k * vectors * kLanes;
+    W* panel = static_cast<W*>(a.packed) + p * a.k * vectors * kLanes;
     for (int64_t k0 = 0; k0 < a.k; k0 += kTile) {
       const int64_t k1 = k0 + kTile < a.k ? k0 + kTile : a.k;
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t first = p * per_panel + (by_gates ? 0 : v * kLanes);
         int64_t valid = units - first;
         valid = valid < 0 ? 0 : valid < kLanes ? valid : kLanes;
-        const float* source = a.source + (p * per_panel + v * between) * a.stride_n;
+        const W* source = static_cast<const W*>(a.source) + (p * per_panel + v * between) * a.stride_n;
         for (int64_t k = k0; k < k1; ++k) {
-          float* to = panel + (k * vectors + v) * kLanes;
-          const float* from = source + k * a.stride_k;
+          W* to = panel + (k * vectors + v) * kLanes;
+          const W* from = source + k * a.stride_k;
           if (valid < kLanes) {
-            for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = lane < valid ? from[lane * a.stride_n] : 0.0f;
+            for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = lane < valid ? from[lane * a.stride_n] : W{};
           } else if (a.stride_n == 1) {
-            store(to, load(from));
+            std::memcpy(to, from, kLanes * sizeof(W));
           } else {
             for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = from[lane * a.stride_n];
           }
@@ -39,6 +42,10 @@ void pack_panels(const PackPanels& a) {
     }
   }
 }
+
+}  // namespace
+
+void pack_panels(const PackPanels& a) { a.bfloat ? pack_as<uint16_t>(a) : pack_as<float>(a); }
 
 int64_t packed_size(int64_t k, int64_t n, int64_t gates) {
   return gates != 0 ? panels_for(n / gates, kLanes) * gates * kLanes * k : panels_for(n, kPanel) * kPanel * k;

@@ -13,11 +13,13 @@ namespace {
 struct Gru {
   static constexpr int64_t kGates = 3, kUnits = kLanes, kVectors = 3;
 
-  static void input_product(const Rows& x, int64_t rows, const float* panel, int64_t k, float* sums) {
+  template <typename W>
+  static void input_product(const Rows& x, int64_t rows, const W* panel, int64_t k, float* sums) {
     panel_product<3, 2>(x, rows, panel, k, sums, kPanel);
   }
   // n's own product goes into the fourth vector: it is multiplied by r before it is added to x's.
-  static void hidden_product(const Rows& h, int64_t rows, const float* panel, int64_t k, float* sums) {
+  template <typename W>
+  static void hidden_product(const Rows& h, int64_t rows, const W* panel, int64_t k, float* sums) {
     panel_product<3, 3>(h, rows, panel, k, sums, kPanel);
   }
   static void update(const float* sums, const float* h, float* next, int64_t count) {
@@ -32,10 +34,12 @@ template <bool Relu>
 struct Plain {
   static constexpr int64_t kGates = 1, kUnits = kPanel, kVectors = 4;
 
-  static void input_product(const Rows& x, int64_t rows, const float* panel, int64_t k, float* sums) {
+  template <typename W>
+  static void input_product(const Rows& x, int64_t rows, const W* panel, int64_t k, float* sums) {
     panel_product(x, rows, panel, k, sums, kPanel);
   }
-  static void hidden_product(const Rows& h, int64_t rows, const float* panel, int64_t k, float* sums) {
+  template <typename W>
+  static void hidden_product(const Rows& h, int64_t rows, const W* panel, int64_t k, float* sums) {
     panel_product(h, rows, panel, k, sums, kPanel);
   }
   static void update(const float* sums, const float*, float* next, int64_t count) {
@@ -47,7 +51,7 @@ struct Plain {
   }
 };
 
-template <typename Cell>
+template <typename Cell, typename W>
 class Layer {
  public:
   explicit Layer(const RecurrentForward& args) : a(args) {
@@ -91,13 +95,14 @@ class Layer {
   void input_panel(int64_t u, int64_t low, int64_t high) {
     fill_bias(sums(u), a.bias + u * kPanel, high - low);
     Cell::input_product({a.input + low * a.inputs, nullptr, high - low, a.inputs}, high - low,
-                        a.w_ih + u * a.inputs * Cell::kVectors * kLanes, a.inputs, sums(u));
+                        static_cast<const W*>(a.w_ih) + u * a.inputs * Cell::kVectors * kLanes, a.inputs, sums(u));
   }
 
   void hidden_panel(const Walk& step, int64_t u, int64_t low) {
     const Rows h = state_before(step, a.output, a.h0, a.hidden);
     float* at_step = sums(u) + (step.begin - low) * kPanel;
-    Cell::hidden_product(h, step.rows(), a.w_hh + u * a.hidden * Cell::kVectors * kLanes, a.hidden, at_step);
+    const W* const panel = static_cast<const W*>(a.w_hh) + u * a.hidden * Cell::kVectors * kLanes;
+    Cell::hidden_product(h, step.rows(), panel, a.hidden, at_step);
     const int64_t at = u * Cell::kUnits, left = a.hidden - at;
     const int64_t units = left < Cell::kUnits ? left : Cell::kUnits;
     for (int64_t i = 0; i < step.rows(); ++i) {
@@ -113,15 +118,17 @@ class Layer {
 
 template <typename Cell>
 void run_layer(const RecurrentForward& args) {
-  Layer<Cell> layer(args);
-  parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+  const auto run = [](auto&& layer) {
+    parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+  };
+  args.bfloat ? run(Layer<Cell, uint16_t>(args)) : run(Layer<Cell, float>(args));
 }
 
 }  // namespace
 
 int64_t recurrent_forward_scratch(RecurrentCell cell, int64_t rows, int64_t batch, int64_t hidden) {
   const int64_t units = cell == RecurrentCell::gru ? Gru::kUnits : Plain<false>::kUnits;
-  return panels_for(hidden, units) * Layer<Gru>::most_rows(rows, batch) * kPanel;
+  return panels_for(hidden, units) * Layer<Gru, float>::most_rows(rows, batch) * kPanel;
 }
 
 void recurrent_forward(const RecurrentForward& args) {

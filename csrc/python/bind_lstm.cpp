@@ -30,11 +30,11 @@ void check_batch_sizes(const std::vector<int64_t>& sizes, int64_t rows, int64_t 
 }
 
 void pack(address source, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n, int64_t gates, address packed,
-          int threads) {
+          int threads, bool bfloat) {
   check(gates == 0 || gates == 3 || gates == 4, "pack_panels: gates must be 0, 3 or 4");
   check(k >= 1 && n >= 1 && (gates == 0 || n % gates == 0), "pack_panels: k and n must be positive, and n that many gates");
   py::gil_scoped_release unlocked;
-  pack_panels({pointer<const float>(source), k, n, stride_k, stride_n, gates, pointer<float>(packed), threads});
+  pack_panels({pointer<const void>(source), k, n, stride_k, stride_n, gates, pointer<void>(packed), threads, bfloat});
 }
 
 // A few values spread over each of some float arrays, to tell whether they are still what was packed, and for this
@@ -62,17 +62,17 @@ class Samples {
 };
 
 void forward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t inputs, int64_t hidden,
-             int64_t outputs, bool reverse, address input, address w_ih, address w_hh, address bias, address w_hr,
-             address h0, address c0, address output, address h_n, address c_n, address gates, address cells,
-             address unprojected, address scratch, int threads) {
+             int64_t outputs, bool reverse, bool bfloat, address input, address w_ih, address w_hh, address bias,
+             address w_hr, address h0, address c0, address output, address h_n, address c_n, address gates,
+             address cells, address unprojected, address scratch, int threads) {
   refuse_recording("lstm_forward");
   check_batch_sizes(batch_sizes, rows, batch);
   check(inputs >= 1 && hidden >= 1 && outputs >= 1, "lstm: sizes must be positive");
   check(w_hr != 0 || outputs == hidden, "lstm: outputs differ from hidden units, but there is no projection");
   py::gil_scoped_release unlocked;
   lstm_forward({static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden, outputs,
-                pointer<const float>(input), pointer<const float>(w_ih), pointer<const float>(w_hh),
-                pointer<const float>(bias), pointer<const float>(w_hr), pointer<const float>(h0),
+                pointer<const float>(input), bfloat, pointer<const void>(w_ih), pointer<const void>(w_hh),
+                pointer<const float>(bias), pointer<const void>(w_hr), pointer<const float>(h0),
                 pointer<const float>(c0), reverse, pointer<float>(output), pointer<float>(h_n), pointer<float>(c_n),
                 pointer<float>(gates), pointer<float>(cells), pointer<float>(unprojected), pointer<float>(scratch),
                 threads});
@@ -96,11 +96,11 @@ void backward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t bat
                  threads});
 }
 
-void cell(int64_t batch, int64_t inputs, int64_t hidden, address input, address h, address c, address w_ih,
-          address w_hh, address bias, address h_out, address c_out, address output, int threads) {
+void cell(int64_t batch, int64_t inputs, int64_t hidden, bool bfloat, address input, address h, address c,
+          address w_ih, address w_hh, address bias, address h_out, address c_out, address output, int threads) {
   check(batch >= 1 && inputs >= 1 && hidden >= 1, "lstm_cell: sizes must be positive");
   launch(&lstm_cell, {batch, inputs, hidden, pointer<const float>(input), pointer<const float>(h),
-                      pointer<const float>(c), pointer<const float>(w_ih), pointer<const float>(w_hh),
+                      pointer<const float>(c), bfloat, pointer<const void>(w_ih), pointer<const void>(w_hh),
                       pointer<const float>(bias), pointer<float>(h_out), pointer<float>(c_out), pointer<float>(output),
                       threads});
 }
@@ -174,14 +174,14 @@ void variant_backward(const std::vector<int64_t>& batch_sizes, int64_t rows, int
 }
 
 void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
-               int64_t inputs, int64_t hidden, bool reverse, address input, address w_ih, address w_hh, address bias,
-               address h0, address output, address h_n, int threads) {
+               int64_t inputs, int64_t hidden, bool reverse, bool bfloat, address input, address w_ih, address w_hh,
+               address bias, address h0, address output, address h_n, int threads) {
   check_batch_sizes(batch_sizes, rows, batch);
   check(inputs >= 1 && hidden >= 1, "recurrent_forward: sizes must be positive");
   const auto floats = recurrent_forward_scratch(kind, rows, batch, hidden);
   auto* const memory = static_cast<float*>(scratch(floats * sizeof(float)));
   RecurrentForward args = {kind, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
-                           pointer<const float>(input), pointer<const float>(w_ih), pointer<const float>(w_hh),
+                           pointer<const float>(input), bfloat, pointer<const void>(w_ih), pointer<const void>(w_hh),
                            pointer<const float>(bias), pointer<const float>(h0), reverse, pointer<float>(output),
                            pointer<float>(h_n), memory, threads};
   if (Program* const program = recording())

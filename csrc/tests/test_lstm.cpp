@@ -130,8 +130,8 @@ Native forward(const Layer& l, bool save, int threads) {
                bias = packed(l.bias, 1, 4 * H, 0, 1, 4);
   const Floats w_hr = project ? packed(l.w_hr, H, P, 1, H, 0) : Floats();
   Floats scratch = unwritten(fastlm::lstm_forward_scratch(l.batch(), H, P, project, save));
-  fastlm::lstm_forward({l.steps(), l.batch_sizes.data(), l.inputs, H, P, l.input.data(), w_ih.data(), w_hh.data(),
-                        bias.data(), project ? w_hr.data() : nullptr, l.h0.data(), l.c0.data(), l.reverse,
+  fastlm::lstm_forward({l.steps(), l.batch_sizes.data(), l.inputs, H, P, l.input.data(), false, w_ih.data(),
+                        w_hh.data(), bias.data(), project ? w_hr.data() : nullptr, l.h0.data(), l.c0.data(), l.reverse,
                         n.output.data(), n.h_n.data(), n.c_n.data(), save ? n.gates.data() : nullptr,
                         save ? n.cells.data() : nullptr, save && project ? n.unprojected.data() : nullptr,
                         scratch.data(), threads});
@@ -242,8 +242,8 @@ FASTLM_TEST(lstm_cell_gives_the_bits_of_the_layer) {
                    w_hh = packed(l.w_hh, hidden, 4 * hidden, 1, hidden, 4),
                    bias = packed(l.bias, 1, 4 * hidden, 0, 1, 4);
       Floats h = unwritten(batch * hidden), c = l.c0, output = unwritten(batch * hidden);
-      fastlm::lstm_cell({batch, 33, hidden, l.input.data(), l.h0.data(), c.data(), w_ih.data(), w_hh.data(),
-                         bias.data(), h.data(), c.data(), output.data(), 2});
+      fastlm::lstm_cell({batch, 33, hidden, l.input.data(), l.h0.data(), c.data(), false, w_ih.data(),
+                         w_hh.data(), bias.data(), h.data(), c.data(), output.data(), 2});
       CHECK(same(h, layer.h_n) && same(c, layer.c_n) && same(output, layer.h_n));
     }
 }

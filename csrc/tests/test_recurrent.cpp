@@ -76,7 +76,7 @@ Result native(const Layer& l, int threads) {
                b = packed(bias, 1, static_cast<int64_t>(bias.size()), gru ? 4 : 0);
   Floats scratch(fastlm::recurrent_forward_scratch(l.cell, rows, l.sizes[0], H), NAN);
   Result r{Floats(rows * H, NAN), Floats(l.h0.size(), NAN)};
-  fastlm::recurrent_forward({l.cell, l.steps(), l.sizes.data(), l.inputs, H, l.input.data(), w_ih.data(), w_hh.data(),
+  fastlm::recurrent_forward({l.cell, l.steps(), l.sizes.data(), l.inputs, H, l.input.data(), false, w_ih.data(), w_hh.data(),
                              b.data(), l.h0.data(), l.reverse, r.output.data(), r.h_n.data(), scratch.data(),
                              threads});
   return r;

@@ -22,20 +22,21 @@ T = TypeVar("T")
 
 
 def pack(matrix: Tensor, *, gates: int = 0) -> Tensor:
-    """Packs a float32 matrix [k, n] of any strides for products `rows[.., k] @ matrix`.
+    """Packs a float32 or bfloat16 matrix [k, n] of any strides for products `rows[.., k] @ matrix`.
 
     Args:
         matrix: [k, n]; pass `weight.t()` for a torch-style weight [n, k].
         gates: 3 or 4: n is that many gates of n / gates units each, and a panel takes the same units of all.
 
     Returns:
-        float32, one dimension, in the layout of the active instruction-set level.
+        the same dtype, one dimension, in the layout of the active instruction-set level.
     """
     module = native.CPU.require()
     k, n = matrix.shape
-    packed = torch.empty(module.packed_size(k, n, gates), dtype=torch.float32)
+    packed = torch.empty(module.packed_size(k, n, gates), dtype=matrix.dtype)
     stride_k, stride_n = matrix.stride()
-    module.pack_panels(matrix.data_ptr(), k, n, stride_k, stride_n, gates, packed.data_ptr(), native.num_threads())
+    addresses = matrix.data_ptr(), k, n, stride_k, stride_n, gates, packed.data_ptr()
+    module.pack_panels(*addresses, native.num_threads(), matrix.dtype is torch.bfloat16)
     return packed
 
 
@@ -86,7 +87,7 @@ def cached(kind: str, sources: Sequence[Tensor | None], make: Callable[..., T]) 
 
     Args:
         kind: what is made of the sources; part of the key.
-        sources: float32 CPU tensors, or None.
+        sources: float32 or bfloat16 CPU tensors, or None.
         make: returns anything but None.
     """
     found: T | None = find(kind, sources)
@@ -96,7 +97,7 @@ def cached(kind: str, sources: Sequence[Tensor | None], make: Callable[..., T]) 
     if any(source.is_inference() for source in present):
         return make(*sources)
     marks = _marks(sources)  # before packing, in case another thread changes a source meanwhile
-    spans = [(source.data_ptr(), source.numel()) for source in present if source.is_contiguous()]
+    spans = [(source.data_ptr(), source.nbytes // 4) for source in present if source.is_contiguous()]
     samples = native.CPU.require().Samples(spans)
     value = make(*sources)
     key = (kind, *map(id, sources))

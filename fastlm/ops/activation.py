@@ -52,7 +52,7 @@ def _cpu_run(function: str, *inputs: Tensor) -> Tensor:
 
 def _cpu_why_not(*inputs: Tensor) -> str | None:
     dtype = torch.bfloat16 if inputs[0].dtype is torch.bfloat16 else torch.float32
-    return opaque_kernel_why_not(native.CPU, *inputs, dtype=dtype)
+    return opaque_kernel_why_not(native.CPU, *inputs, dtypes=(dtype,))
 
 
 GELU = Op(

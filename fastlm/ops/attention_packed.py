@@ -56,7 +56,7 @@ def _native(packed: Tensor, dropout_p: float) -> bool:
     if tracing() or dropout_p > 0 or not choosing() or not needs_grad(packed):
         return False
     dtype = torch.bfloat16 if packed.dtype is torch.bfloat16 else torch.float32
-    return packed.is_contiguous() and opaque_kernel_why_not(native.CPU, packed, dtype=dtype) is None
+    return packed.is_contiguous() and opaque_kernel_why_not(native.CPU, packed, dtypes=(dtype,)) is None
 
 
 def packed_attention(

@@ -48,21 +48,20 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def opaque_kernel_why_not(
-    module: native.NativeModule, *tensors: Tensor | None, dtype: torch.dtype = torch.float32
+    module: native.NativeModule, *tensors: Tensor | None, dtypes: Sequence[torch.dtype] = (torch.float32,)
 ) -> str | None:
     """Why a native CPU kernel, of which torch sees nothing, can't stand for the op here; None where it can.
 
-    `dtype` is what the kernel takes.
+    `dtypes` are what the kernel takes.
     """
     if module.module is None:
         return module.error
     for tensor in tensors:
         if tensor is not None and not (
-            tensor.dtype is dtype and tensor.is_cpu and (type(tensor) is Parameter or type(tensor) is Tensor)
+            tensor.dtype in dtypes and tensor.is_cpu and (type(tensor) is Parameter or type(tensor) is Tensor)
         ):
-            return (
-                f"a {type(tensor).__name__} of {describe(tensor)}: the kernel takes plain {str(dtype)[6:]} on the CPU"
-            )
+            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"a {type(tensor).__name__} of {describe(tensor)}: the kernel takes plain {names} on the CPU"
     return _transform()
 
 

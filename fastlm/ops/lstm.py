@@ -14,12 +14,14 @@ from fastlm.kernels.cpu import lstm as kernel
 from fastlm.ops.checks import refuse
 from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing, undisturbed
 from fastlm.ops.lstm_variants import LSTM_VARIANT
-from fastlm.ops.recurrent import SequenceOp, check_cell, torch_sequence
-from fastlm.ops.registry import Implementation, Op, always
+from fastlm.ops.recurrent import NATIVE_DTYPES, SequenceOp, check_cell, in_float32, torch_sequence
+from fastlm.ops.registry import Implementation, Op, always, forced_backend
 from fastlm.reference import lstm as reference
 from fastlm.reference.recurrent import NORMAL, Noise, States, Weights, sequence
 
 __all__ = ["lstm", "lstm_cell"]
+
+_MATRIX_UNIT_ROWS = 8  # measured forward and with gradients at H 256 and 512: at 4 ours is faster, at 16 torch's
 
 
 def _forward(
@@ -143,18 +145,31 @@ def streaming_step(
 
 
 def _cpu_why_not(
-    input: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, *_: Any
+    input: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, *rest: Any
 ) -> str | None:
     if input.numel() == 0:
         return "the batch is empty"
-    # No size is left to torch: from B 1 to 256 and H 256 to 1024 the kernel was ahead of it, forward 1.05 to 1.6 times,
-    # with backward 1.2 to 2.3, held to the same instruction set (AVX2 or AVX-512, one thread).
-    return opaque_kernel_why_not(native.CPU, input, *states, *weights)
+    # For single steps ours, whose bits don't depend on the batch, as generation wants them.
+    if (
+        input.dtype is torch.bfloat16
+        and batch_sizes is None
+        and forced_backend() is None
+        and torch.cpu._is_amx_tile_supported()
+    ):
+        steps, batch = input.shape[:2] if not (rest and rest[2]) else (input.shape[1], input.shape[0])
+        if steps > 1 and batch >= _MATRIX_UNIT_ROWS:
+            return f"from {_MATRIX_UNIT_ROWS} rows of bfloat16 torch's, on the processor's matrix unit (AMX), is faster"
+    # No size of float32 is left to torch: from B 1 to 256 and H 256 to 1024 the kernel was ahead of it, forward 1.05 to
+    # 1.6 times, with backward 1.2 to 2.3, held to the same instruction set (AVX2 or AVX-512, one thread).
+    return opaque_kernel_why_not(native.CPU, input, *states, *weights, dtypes=NATIVE_DTYPES)
 
 
 def _cpu_cell(
     input: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if input.dtype is not torch.float32:
+        h_next, c_next = _cpu_cell(input.float(), h.float(), c.float(), w_ih, w_hh, b_ih, b_hh)
+        return h_next.to(h.dtype), c_next.to(c.dtype)
     if needs_grad(input, h, c, w_ih, w_hh, b_ih, b_hh):
         _, (h, c) = _cpu_layer(input, [input.shape[0]], (h, c), Weights(w_ih, w_hh, b_ih, b_hh), False)
         return h, c
@@ -164,7 +179,7 @@ def _cpu_cell(
 def _cpu_cell_why_not(input: Tensor, *tensors: Tensor | None) -> str | None:
     if input.numel() == 0:
         return "the batch is empty"
-    return opaque_kernel_why_not(native.CPU, input, *tensors)
+    return opaque_kernel_why_not(native.CPU, input, *tensors, dtypes=NATIVE_DTYPES)
 
 
 def _cuda_cell_why_not(input: Tensor, *tensors: Tensor | None) -> str | None:
@@ -192,7 +207,7 @@ LSTM = SequenceOp(
     "lstm",
     4,
     [
-        Implementation("cpu", _cpu_run, _cpu_why_not),
+        Implementation("cpu", in_float32(_cpu_run), _cpu_why_not),
         Implementation("torch", torch_sequence(_VF.lstm), _torch_why_not),
         Implementation("reference", reference.lstm, always),
     ],

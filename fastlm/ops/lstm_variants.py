@@ -11,7 +11,7 @@ from fastlm.kernels import native
 from fastlm.kernels.cpu import lstm_variants as kernel
 from fastlm.ops.checks import expect_shape
 from fastlm.ops.library import needs_grad, opaque_kernel_why_not
-from fastlm.ops.recurrent import SequenceOp
+from fastlm.ops.recurrent import NATIVE_DTYPES, SequenceOp, in_float32
 from fastlm.ops.registry import Implementation, always
 from fastlm.reference import lstm as reference
 from fastlm.reference.recurrent import Noise, States, Weights, sequence
@@ -90,13 +90,13 @@ def _cpu_why_not(
         return "the batch is empty"
     if states[0].shape[-1] != states[1].shape[-1]:
         return "there is a projection beside layer_norm, recurrent_dropout or zoneout"
-    return opaque_kernel_why_not(native.CPU, input, *states, *weights, *noise)
+    return opaque_kernel_why_not(native.CPU, input, *states, *weights, *noise, dtypes=NATIVE_DTYPES)
 
 
 LSTM_VARIANT = SequenceOp(
     "lstm_variant",
     4,
-    [Implementation("cpu", _cpu_run, _cpu_why_not), Implementation("reference", reference.lstm, always)],
+    [Implementation("cpu", in_float32(_cpu_run), _cpu_why_not), Implementation("reference", reference.lstm, always)],
     ", bool layer_norm, Tensor? dropout_mask, Tensor? zoneout_h, Tensor? zoneout_c",
 )
 

@@ -18,7 +18,16 @@ from fastlm.ops.library import needs_grad, opaque_kernel_why_not, tracing
 from fastlm.ops.registry import Implementation, Op
 from fastlm.reference.recurrent import Noise, States, Weights, sequence
 
-__all__ = ["SequenceOp", "check_cell", "native_cell", "native_sequence", "native_why_not", "torch_sequence"]
+__all__ = [
+    "NATIVE_DTYPES",
+    "SequenceOp",
+    "check_cell",
+    "in_float32",
+    "native_cell",
+    "native_sequence",
+    "native_why_not",
+    "torch_sequence",
+]
 
 _ARGUMENTS = (
     "Tensor input, Tensor[] states, Tensor[] weights, Tensor? batch_sizes, "
@@ -64,6 +73,24 @@ def torch_sequence(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, 
     return run
 
 
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+"""What the native recurrent kernels take, the same for all tensors of a call."""
+
+
+def in_float32(run: Callable[..., tuple[Tensor, States]]) -> Callable[..., tuple[Tensor, States]]:
+    """An implementation's `run` for bfloat16 too: states and activations are float32 within and rounded at the end."""
+
+    def widened(input: Tensor, states: States, weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, States]:
+        dtype = input.dtype
+        if dtype is torch.float32:
+            return run(input, states, weights, *rest)
+        noise = (r.float() if isinstance(r, Tensor) and r.dtype is dtype else r for r in rest)
+        output, final = run(input.float(), tuple(s.float() for s in states), weights, *noise)
+        return output.to(dtype), tuple(s.to(dtype) for s in final)
+
+    return widened
+
+
 def native_sequence(cell: str) -> Callable[..., tuple[Tensor, States]]:
     """The implementation by our kernel for GRU ("gru") and plain RNN ("tanh", "relu")."""
 
@@ -76,14 +103,14 @@ def native_sequence(cell: str) -> Callable[..., tuple[Tensor, States]]:
     def run(*args: Any) -> tuple[Tensor, States]:
         return sequence(layer, *args)
 
-    return run
+    return in_float32(run)
 
 
 def native_cell(cell: str) -> Callable[..., Tensor]:
     """One step of `native_sequence`: (input, h, w_ih, w_hh, b_ih, b_hh) -> the next h."""
 
     def run(input: Tensor, h: Tensor, *weights: Tensor | None) -> Tensor:
-        return kernel.layer_forward(cell, input, [input.shape[0]], h, weights, False)[0]
+        return kernel.layer_forward(cell, input.float(), [input.shape[0]], h.float(), weights, False)[0].to(h.dtype)
 
     return run
 
@@ -94,7 +121,7 @@ def native_why_not(input: Tensor, *tensors: Tensor | None) -> str | None:
         return "the batch is empty"
     if needs_grad(input, *tensors):
         return "a gradient is wanted"
-    return opaque_kernel_why_not(native.CPU, input, *tensors)
+    return opaque_kernel_why_not(native.CPU, input, *tensors, dtypes=NATIVE_DTYPES)
 
 
 class SequenceOp:

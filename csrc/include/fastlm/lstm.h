@@ -19,10 +19,11 @@ struct LstmForward {
   const int64_t* batch_sizes;  // [T], none increasing, all >= 1: rows of each step, as in torch's PackedSequence
   int64_t inputs, hidden, outputs;
   const float* input;  // [N, I], time-major
-  const float* w_ih;   // [4H, I] packed, gates
-  const float* w_hh;   // [4H, P] packed, gates
+  bool bfloat;         // whether the three packed weights are bfloat16; else float
+  const void* w_ih;    // [4H, I] packed, gates
+  const void* w_hh;    // [4H, P] packed, gates
   const float* bias;   // [H/L][4][L], b_ih + b_hh: packed, gates, with k = 1
-  const float* w_hr;   // [P, H] packed transposed (k = H, n = P), or null: no projection
+  const void* w_hr;    // [P, H] packed transposed (k = H, n = P), or null: no projection
   const float* h0;     // [B, P]
   const float* c0;     // [B, H]
   bool reverse;        // from the last step to the first; rows join as the batch sizes grow
@@ -72,8 +73,9 @@ struct LstmCell {
   const float* input;  // [B, I]
   const float* h;      // [B, H]
   const float* c;      // [B, H]
-  const float* w_ih;   // packed as for lstm_forward, these three
-  const float* w_hh;
+  bool bfloat;         // of w_ih and w_hh, which are packed as for lstm_forward, and the bias
+  const void* w_ih;
+  const void* w_hh;
   const float* bias;
   float* h_out;  // [B, H] out; may not be h
   float* c_out;  // [B, H] out; may be c

@@ -20,8 +20,9 @@ struct RecurrentForward {
   const int64_t* batch_sizes;  // [T], none increasing, all >= 1
   int64_t inputs, hidden;
   const float* input;  // [N, I], time-major
-  const float* w_ih;   // [3H, I] packed, 3 gates; tanh, relu: [H, I] packed transposed (k = I, n = H)
-  const float* w_hh;   // [3H, H] or [H, H], packed alike
+  bool bfloat;         // whether the two packed weights are bfloat16; else float
+  const void* w_ih;    // [3H, I] packed, 3 gates; tanh, relu: [H, I] packed transposed (k = I, n = H)
+  const void* w_hh;    // [3H, H] or [H, H], packed alike
   const float* bias;   // r's and z's b_ih + b_hh, b_in, b_hn: [4H] packed with k = 1, 4 gates; tanh, relu: b_ih + b_hh,
                        // [H] packed with k = 1
   const float* h0;     // [B, H]

@@ -2,7 +2,8 @@
 
 A packed sequence is torch's: rows [N, ...] in time order, `batch_sizes[t]` of them for step t, none greater than the
 one before; row b of every step belongs to sequence b. A padded batch [T, B, ...] is `batch_sizes = [B] * T`.
-Everything is float32 on the CPU; tensors need not be contiguous. The gates are i, f, g, o, as in torch.
+Everything is float32 on the CPU, but the weights may be bfloat16; tensors need not be contiguous. The gates are i, f,
+g, o, as in torch.
 
 The forward pass is ours throughout, input projection included, so that a row's result never depends on the other
 rows, the length of the sequence or the thread count. Of the gradients the recurrence is ours; those of the weights
@@ -32,6 +33,7 @@ class _Packed(NamedTuple):
     hidden: int
     addresses: tuple[int, int, int]
     """Of w_ih, w_hh and bias."""
+    bfloat: bool
 
 
 class Saved(NamedTuple):
@@ -57,21 +59,33 @@ class Gradients(NamedTuple):
 
 
 def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None) -> _Packed:
-    biases = [bias.detach() for bias in (b_ih, b_hh) if bias is not None]
+    biases = [bias.detach().float() for bias in (b_ih, b_hh) if bias is not None]
     total = sum(biases[1:], biases[0]) if biases else torch.zeros(w_ih.shape[0])
     shared = pack(w_ih.t(), gates=4), pack(w_hh.t(), gates=4), pack(total[None], gates=4)
     projection = None if w_hr is None else pack(w_hr.t())
     rows, inputs = w_ih.shape
     ih, hh, bias = (tensor.data_ptr() for tensor in shared)
-    return _Packed(*shared, projection, inputs, rows // 4, (ih, hh, bias))
+    return _Packed(*shared, projection, inputs, rows // 4, (ih, hh, bias), w_ih.dtype is torch.bfloat16)
+
+
+def _pack_wide(*tensors: Tensor | None) -> _Packed:
+    return _pack(*(None if t is None else t.detach().float() for t in tensors))  # type: ignore[arg-type]
+
+
+def pack_columns(weight: Tensor) -> Tensor:
+    """A weight as it is, for products with its rows' gradients; float32 of bfloat16."""
+    return pack(weight.detach().float())
 
 
 def pack_layer(
-    w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None
+    w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None, wide: bool = False
 ) -> _Packed:
-    """The weights of a layer in one direction as the kernels want them, packed once."""
+    """The weights of a layer in one direction as the kernels want them, packed once; as float32 where `wide`."""
     biased = (w_ih, w_hh, b_ih, b_hh)
-    return cached("lstm", biased if w_hr is None else (*biased, w_hr), _pack)
+    given = biased if w_hr is None else (*biased, w_hr)
+    if wide and w_ih.dtype is not torch.float32:
+        return cached("lstm wide", given, _pack_wide)
+    return cached("lstm", given, _pack)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -131,6 +145,7 @@ def layer_forward(
         hidden,
         outputs,
         reverse,
+        packed.bfloat,
         input.data_ptr(),
         packed.w_ih.data_ptr(),
         packed.w_hh.data_ptr(),
@@ -176,8 +191,8 @@ def layer_backward(
     rows = input.shape[0]
     batch, outputs = h0.shape
     hidden = c0.shape[1]
-    columns = cached("columns", (w_hh,), pack)
-    projection = None if w_hr is None else cached("columns", (w_hr,), pack)
+    columns = cached("columns", (w_hh,), pack_columns)
+    projection = None if w_hr is None else cached("columns", (w_hr,), pack_columns)
     grads = [None if grad is None else grad.contiguous() for grad in (grad_output, grad_h_n, grad_c_n)]
     grad_gates = input.new_empty(rows, 4 * hidden)
     grad_projected = None if w_hr is None else input.new_empty(rows, outputs)
@@ -211,7 +226,7 @@ def layer_backward(
     )
     grad_bias = grad_gates.sum(0) if needs[3] or needs[4] else None
     return Gradients(
-        grad_gates @ w_ih.detach() if needs[0] else None,
+        grad_gates @ w_ih.detach().float() if needs[0] else None,
         grad_gates.t() @ input.detach() if needs[1] else None,
         None if previous is None else grad_gates.t() @ previous,
         grad_bias if needs[3] else None,
@@ -243,19 +258,24 @@ def prepared_cell(
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """`cell` for weights that it has packed before, as (h, c, a copy of h or None), or None where it has not.
 
-    Also None unless input is [..., I], h and c [..., H], all plain, contiguous, float32 and on the CPU. Of the weights
-    (w_ih, w_hh, b_ih, b_hh) the packed ones prove as much.
+    Also None unless input is [..., I], h and c [..., H], all plain, contiguous, of the weights' dtype and on the CPU.
+    Of the weights (w_ih, w_hh, b_ih, b_hh) the packed ones prove as much.
     """
-    for tensor in (input, h, c):
-        if not (type(tensor) is Tensor and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()):
-            return None
     packed = find("lstm", weights)
     if packed is None:
         return None
+    dtype = torch.bfloat16 if packed.bfloat else torch.float32
+    for tensor in (input, h, c):
+        if not (type(tensor) is Tensor and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()):
+            return None
     *batch, inputs = input.shape
     shape = h.shape
     if shape != c.shape or shape != (*batch, packed.hidden) or inputs != packed.inputs or input.numel() == 0:
         return None
+    if packed.bfloat:
+        h, c = _cell(packed, input.float(), h.float(), c.float(), None)
+        h, c = h.to(dtype), c.to(dtype)
+        return h, c, h.clone() if copy else None
     output = torch.empty_like(h) if copy else None
     return *_cell(packed, input, h, c, output), output
 
@@ -266,6 +286,7 @@ def _cell(packed: _Packed, input: Tensor, h: Tensor, c: Tensor, output: Tensor |
         h.numel() // packed.hidden,
         packed.inputs,
         packed.hidden,
+        packed.bfloat,
         input.data_ptr(),
         h.data_ptr(),
         c.data_ptr(),

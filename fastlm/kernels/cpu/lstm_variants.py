@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu.lstm import pack_layer
+from fastlm.kernels.cpu.lstm import pack_columns, pack_layer
 from fastlm.kernels.packing import cached, pack
 
 __all__ = ["Saved", "layer_backward", "layer_forward"]
@@ -30,7 +30,7 @@ class Saved(NamedTuple):
 
 
 def _pack_gains(ln_ih: Tensor, ln_hh: Tensor) -> tuple[Tensor, Tensor]:
-    return pack(ln_ih.detach()[None], gates=4), pack(ln_hh.detach()[None], gates=4)
+    return pack(ln_ih.detach().float()[None], gates=4), pack(ln_hh.detach().float()[None], gates=4)
 
 
 def _variant(norms: Sequence[Tensor | None], noise: Sequence[Tensor | None]) -> tuple[dict[str, Tensor | None], int]:
@@ -44,8 +44,8 @@ def _variant(norms: Sequence[Tensor | None], noise: Sequence[Tensor | None]) -> 
         tensors[name] = None if share is None else (share[0] if same else share).contiguous()
     if ln_ih is not None and ln_hh is not None and ln_c is not None:
         tensors["ln_ih"], tensors["ln_hh"] = cached("gains", (ln_ih, ln_hh), _pack_gains)
-        tensors["ln_c"] = ln_c.contiguous()
-        tensors["ln_c_bias"] = None if ln_c_bias is None else ln_c_bias.contiguous()
+        tensors["ln_c"] = ln_c.float().contiguous()
+        tensors["ln_c_bias"] = None if ln_c_bias is None else ln_c_bias.float().contiguous()
     width = next((share.shape[1] for share in shares if share is not None), 0)
     return tensors, 0 if same else width
 
@@ -81,7 +81,7 @@ def layer_forward(
     batch, hidden = h0.shape
     w_ih, w_hh, b_ih, b_hh = weights
     assert w_ih is not None and w_hh is not None
-    packed = pack_layer(w_ih, w_hh, b_ih, b_hh)
+    packed = pack_layer(w_ih, w_hh, b_ih, b_hh, wide=True)
     input, h0, c0 = input.contiguous(), h0.contiguous(), c0.contiguous()
     variant, stride = _variant(norms, noise)
     mask = variant["dropout"]
@@ -157,7 +157,7 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
     tensors = {
         **variant,
         **{name: tensor for name, tensor in forward.items() if name != "raw_ih"},
-        "w_hh": cached("columns", (w_hh,), pack),
+        "w_hh": cached("columns", (w_hh,), pack_columns),
         **dict(zip(("grad_output", "grad_h_n", "grad_c_n"), given, strict=True)),
         "grad_gates": grad_gates,
         "grad_raw_hh": grad_raw_hh if norm else None,
@@ -170,13 +170,20 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
         saved.batch_sizes, rows, batch, hidden, saved.reverse, stride, _addresses(tensors), native.num_threads()
     )
     grad_raw_ih, of_ln_ih = grad_gates, None
-    if norm and raw_ih is not None and stats is not None:
+    if norms[0] is not None and raw_ih is not None and stats is not None:
         grad_raw_ih, of_ln_ih, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_gates, raw_ih, [4 * hidden], stats[0, :, None], stats[1, :, None], norms[0], None, [True, True, False]
+            grad_gates,
+            raw_ih,
+            [4 * hidden],
+            stats[0, :, None],
+            stats[1, :, None],
+            norms[0].float(),
+            None,
+            [True, True, False],
         )
     of_bias = grad_gates.sum(0) if needs[3] or needs[4] else None
     return (
-        grad_raw_ih @ w_ih.detach() if needs[0] else None,
+        grad_raw_ih @ w_ih.detach().float() if needs[0] else None,
         grad_raw_ih.t() @ input.detach() if needs[1] else None,
         None if previous is None else grad_raw_hh.t() @ previous,
         of_bias if needs[3] else None,

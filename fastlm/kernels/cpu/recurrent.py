@@ -1,7 +1,8 @@
 """The native GRU and plain RNN: one direction of one layer over a packed sequence, without gradients.
 
 Packed sequences are those of `fastlm.kernels.cpu.lstm`. A row's result never depends on the other rows, on the steps
-taken in one call, or on the thread count. float32 on the CPU; tensors need not be contiguous.
+taken in one call, or on the thread count. float32 on the CPU, but the weights may be bfloat16; tensors need not be
+contiguous.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class _Packed(NamedTuple):
 
 def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> _Packed:
     rows, hidden = w_hh.shape
-    of_x, of_h = (torch.zeros(rows) if bias is None else bias.detach() for bias in (b_ih, b_hh))
+    of_x, of_h = (torch.zeros(rows) if bias is None else bias.detach().float() for bias in (b_ih, b_hh))
     gates = rows // hidden
     if gates == 1:
         return _Packed(pack(w_ih.t()), pack(w_hh.t()), pack((of_x + of_h)[None]))
@@ -73,6 +74,7 @@ def layer_forward(
         inputs,
         hidden,
         reverse,
+        packed.w_ih.dtype is torch.bfloat16,
         input.data_ptr(),
         packed.w_ih.data_ptr(),
         packed.w_hh.data_ptr(),
