@@ -108,6 +108,10 @@ class LSTM(_Sequence):
     """
 
     _torch = torch.nn.LSTM
+    # Of modules that were torch's and became this class (`fastlm.accelerate`), or were pickled before there were variants.
+    layer_norm: bool = False
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, float] = (0.0, 0.0)
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
@@ -173,7 +177,7 @@ class LSTM(_Sequence):
 
     def flatten_parameters(self) -> None:
         """As `torch.nn.LSTM`'s: for cuDNN, which knows no layer normalisation."""
-        if not getattr(self, "layer_norm", False):
+        if not self.layer_norm:
             super().flatten_parameters()
 
     def extra_repr(self) -> str:
