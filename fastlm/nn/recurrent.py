@@ -108,7 +108,7 @@ class LSTM(_Sequence):
     """
 
     _torch = torch.nn.LSTM
-    # Of modules that were torch's and became this class (`fastlm.accelerate`), or were pickled before there were variants.
+    # Of modules that were torch's and became this class (`fastlm.accelerate`), or were pickled without variants.
     layer_norm: bool = False
     recurrent_dropout: float = 0.0
     zoneout: tuple[float, float] = (0.0, 0.0)
