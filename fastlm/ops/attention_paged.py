@@ -169,7 +169,8 @@ def attention_paged(
     https://arxiv.org/abs/2309.06180).
 
     Position s of sequence b is place s % page of page block_table[b, s // page]. What lies beyond a sequence's length
-    is never read, nor are its further entries of the table. A page may belong to several sequences.
+    is never read, nor are its further entries of the table. A page may belong to several sequences. A contiguous cache
+    [R, KVH, S, D] is R pages, of which each sequence has one: block_table [B, 1].
 
     Args:
         query: [B, H, T, D], the T newest tokens of each sequence, whose keys and values the pages already hold.

@@ -186,7 +186,10 @@ def test_the_same_bits_from_pages_and_from_rows(device: str) -> None:
     query, pages, lengths = args[0], args[1:3], args[4]
     table = args[3].where(args[3] < len(pages[0]), 0)
     rows = [cache[table].transpose(1, 2).flatten(2, 3).contiguous() for cache in pages]
-    assert torch.equal(_triton(query, *rows, lengths), _triton(*args, **options))
+    expected = _triton(query, *rows, lengths)
+    assert torch.equal(_triton(*args, **options), expected)
+    one = torch.arange(len(query), device=device)[:, None]
+    assert torch.equal(_triton(query, *rows, one, lengths), expected)
 
 
 def test_any_layout(device: str) -> None:

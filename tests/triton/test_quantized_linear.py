@@ -110,11 +110,11 @@ def test_modules_run_on_planes(device: str) -> None:
 FAULTS = {
     "nothing": ("", ""),
     "halves swapped": (
-        "low, high = _float(both & 15), _float(both >> 4)",
-        "high, low = _float(both & 15), _float(both >> 4)",
+        "low, high = _float(both & 15, zero), _float(both >> 4, zero)",
+        "high, low = _float(both & 15, zero), _float(both >> 4, zero)",
     ),
-    "offset forgotten": ("low - 8.0, high - 8.0", "low, high"),
-    "sign forgotten": ("^ 0x80) - 128.0", ")"),
+    "offset forgotten": ('8 if KIND == "Q4_0"', '0 if KIND == "Q4_0"'),
+    "sign forgotten": ("^ 0x80, 128)", ", 0)"),
     "second half of the codes": ("codes + at + 16", "codes + at"),
     "one row: scale of another block": (
         "tl.load(scales + place, mask=mask",

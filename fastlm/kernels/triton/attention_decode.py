@@ -250,8 +250,9 @@ def attention_paged(
     alibi_slopes: Tensor | None,
 ) -> Tensor:
     """Attention of query [B, H, T, D] to pages [P, KVH, page, D]; see `fastlm.ops.attention_paged`."""
+    one = block_table.shape[1] == 1  # each sequence has one page of its own: a contiguous cache
     return _launch(
-        "pages",
+        "rows" if one else "pages",
         query,
         key_pages,
         value_pages,
@@ -345,8 +346,8 @@ def _launch(
         slopes,
         key_scale,
         value_scale,
-        scale if softcap else scale * LOG2E.value,
-        softcap or 0.0,
+        float(scale if softcap else scale * LOG2E.value),
+        float(softcap or 0.0),
         window or 0,
         tokens,
         capacity,

@@ -139,7 +139,7 @@ class _Norm(torch.autograd.Function):
                 output,
                 means,
                 rstds,
-                eps,
+                float(eps),
                 DIM=dim,
                 BLOCK=block,
                 CENTRED=centred,

@@ -25,22 +25,21 @@ BYTES = {"Q8_0": 32, "Q4_0": 16, "Q4_1": 16}
 
 
 @triton.jit
-def _float(code):
-    """Integers from 0 to 255 as float32, without the slow conversion: 2^23 + code has the code as its last bits."""
-    return (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+def _float(code, zero: tl.constexpr):
+    """code - zero as float32, code from 0 to 255, without the slow conversion: 2^23 + code has it as its last bits."""
+    return (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + zero)
 
 
 @triton.jit
 def _halves(codes, at, mask, KIND: tl.constexpr):
     """The first and the last 16 weights of blocks, before their scale, as float32; `at` has the first 16 bytes."""
     if KIND == "Q8_0":
-        low = _float(tl.load(codes + at, mask=mask, other=0) ^ 0x80) - 128.0
-        high = _float(tl.load(codes + at + 16, mask=mask, other=0) ^ 0x80) - 128.0
+        low = _float(tl.load(codes + at, mask=mask, other=0) ^ 0x80, 128)
+        high = _float(tl.load(codes + at + 16, mask=mask, other=0) ^ 0x80, 128)
     else:
+        zero: tl.constexpr = 8 if KIND == "Q4_0" else 0
         both = tl.load(codes + at, mask=mask, other=0)
-        low, high = _float(both & 15), _float(both >> 4)
-        if KIND == "Q4_0":
-            low, high = low - 8.0, high - 8.0
+        low, high = _float(both & 15, zero), _float(both >> 4, zero)
     return low, high
 
 
@@ -173,8 +172,8 @@ def linear(
                 x, codes, scales, minima, bias, output, *common, BLOCK_N=block_n, BLOCK_K=128 // block_n, num_warps=4
             )
         else:
-            block_m = rows_tile(rows)
-            grid = (triton.cdiv(rows, block_m) * triton.cdiv(outputs, 64),)
+            block_m, block_n = rows_tile(rows, outputs)
+            grid = (triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n),)
             _rows[grid](
                 x,
                 codes,
@@ -185,7 +184,7 @@ def linear(
                 rows,
                 *common,
                 BLOCK_M=block_m,
-                BLOCK_N=64,
+                BLOCK_N=block_n,
                 num_warps=4,
                 num_stages=3,
             )
@@ -197,9 +196,10 @@ def one_row_tile(outputs: int) -> int:
     return 16 if outputs > 16384 else 8 if outputs > 2048 else 4
 
 
-def rows_tile(rows: int) -> int:
-    """Rows of input to a program."""
-    return min(max(16, triton.next_power_of_2(rows)), 64)
+def rows_tile(rows: int, outputs: int) -> tuple[int, int]:
+    """Rows of input and outputs to a program: large tiles where there is work for all of a GPU."""
+    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
+    return block_m, 32 if outputs <= 4096 and rows <= 64 else 128 if block_m == 64 else 64
 
 
 def shipped() -> Iterator[Shipped]:
@@ -220,19 +220,28 @@ def shipped() -> Iterator[Shipped]:
                 divisible_by_16=(*floats, *pointers, "outputs"),
                 work=Work(bytes=128 * (size + (4 if kind == "Q4_1" else 2))),
             )
-        for dtype, block_m in (("bf16", 16), ("bf16", 64), ("fp16", 64), ("fp32", 16), ("fp32", 64)):
+        for dtype, rows, outputs in (
+            ("bf16", 8, 4096),
+            ("bf16", 8, 16384),
+            ("bf16", 512, 4096),
+            ("fp16", 512, 4096),
+            ("fp32", 8, 4096),
+            ("fp32", 512, 4096),
+        ):
+            block_m, block_n = rows_tile(rows, outputs)
             floats = {"input": f"*{dtype}", "output": f"*{dtype}"}
             parts = 3 if dtype == "fp32" else 1
             yield Shipped(
-                name=f"quantized_linear {kind} {dtype} m{block_m}",
+                name=f"quantized_linear {kind} {dtype} m{block_m} n{block_n}",
                 kernel=_rows,
                 signature={**floats, **pointers, "rows": "i32", "outputs": "i32", "blocks": "i32"},
-                constants={**fixed, "BLOCK_M": block_m, "BLOCK_N": 64},
+                constants={**fixed, "BLOCK_M": block_m, "BLOCK_N": block_n},
                 num_warps=4,
                 num_stages=3,
                 divisible_by_16=(*floats, *pointers, "outputs"),
                 work=Work(
-                    tensor_flops=2 * block_m * 64 * 32 * parts,
-                    bytes=64 * (size + 2) + block_m * 32 * (4 if dtype == "fp32" else 2),
+                    tensor_flops=2 * block_m * block_n * 32 * parts,
+                    bytes=block_n * (size + (4 if kind == "Q4_1" else 2))
+                    + block_m * 32 * (4 if dtype == "fp32" else 2),
                 ),
             )
