@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator
@@ -22,11 +23,11 @@ from fastlm.reference.philox import philox4x32
 FACTORS: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "kv_heads": (4, 2, 1),  # of 4 heads
-    "lengths": ((32, 32), (37, 51), (51, 37), (1, 40), (3, 70)),
+    "lengths": ((32, 32), (37, 51), (51, 37), (1, 40), (3, 65), (70, 70)),
     "dims": ((16, 16), (24, 40), (80, 16)),
     "causal": (False, True),
     "top_left": (False, True),
-    "window": (None, 1, 20),
+    "window": (None, 1, 20, 45),
     "softcap": (None, 2.0),
     "alibi": (0, 1, 2),  # slopes: none, [H], [B, H]
     "mask": ("none", "bool", "additive"),
@@ -116,6 +117,7 @@ def build(
     layout: str = "contiguous",
 ) -> Case:
     queries, keys = lengths
+    batch = batch if queries * keys < 3000 else 1
     shapes = ((heads, queries, dims[0]), (kv_heads, keys, dims[0]), (kv_heads, keys, dims[1]))
     tensors = [torch.randn(batch, *shape).to(dtype) for shape in shapes]
     packing = None
@@ -149,10 +151,11 @@ def build(
     return case
 
 
-def _kept(seed: int, b: int, h: int, i: int, j: int, p: float) -> bool:
-    word = philox4x32((j // 4, i, h, b), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))[j % 4]
-    word = word if word < 1 << 31 else 0xFFFFFFFF - word  # a signed number and its complement
-    return bool(torch.tensor(float(word)) * torch.tensor(4.6566127342e-10) >= torch.tensor(p))
+@functools.cache
+def _four_kept(seed: int, b: int, h: int, i: int, four: int, p: float) -> tuple[bool, ...]:
+    words = torch.tensor(philox4x32((four, i, h, b), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)))
+    words = torch.where(words < 1 << 31, words, 0xFFFFFFFF - words)  # a signed number and its complement
+    return tuple((words.float() * 4.6566127342e-10 >= torch.tensor(p)).tolist())
 
 
 @contextmanager
@@ -166,7 +169,8 @@ def dropping(seed: int | None, first_batch: int = 0) -> Iterator[None]:
             return weights
         shape = weights.shape
         kept = [
-            _kept(seed, start + b, h, i, j, p) for b, h, i, j in itertools.product(*(range(size) for size in shape))
+            _four_kept(seed, start + b, h, i, j // 4, p)[j % 4]
+            for b, h, i, j in itertools.product(*(range(size) for size in shape))
         ]
         return weights * torch.tensor(kept).view(shape) / (1 - p)
 

@@ -77,6 +77,8 @@ def triton_why_not(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             return f"tensors are on {device} and {tensor.device}"
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return f"a {type(tensor).__name__}: the kernel takes plain tensors"
     if device.type == "cpu" and forced_backend() == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return _transform()
     if device.type != "cuda":

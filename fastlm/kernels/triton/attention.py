@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,15 +10,25 @@ import triton
 from torch import Tensor
 
 from fastlm.kernels.triton.attention_bwd import attention_delta, attention_grad_key_value, attention_grad_query
-from fastlm.kernels.triton.attention_config import Config, choose
+from fastlm.kernels.triton.attention_config import CONFIGS, Config, run_best
 from fastlm.kernels.triton.attention_fwd import attention_forward
+from fastlm.kernels.triton.shipped import Shipped, Work
 from fastlm.reference.attention import Options
 
-__all__ = ["attention", "attention_backward"]
+__all__ = ["attention", "attention_backward", "shipped"]
+
+_DELTA = Config(64, 64, 4, 1)
 
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _precision(tensor: Tensor) -> str:
+    """How matrix units multiply: three products of TF32 are as good as one of float32, and faster."""
+    if tensor.dtype is not torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 class _Arguments:
@@ -34,7 +45,7 @@ class _Arguments:
             self.heads, dim = query.shape[1:]
             kv_heads = key.shape[1]
         self.group = self.heads // kv_heads
-        self.tensors = {"Q": query, "K": key, "V": value}
+        self.tensors: dict[str, Tensor | None] = {"Q": query, "K": key, "V": value}
         self.strides = {**self.layout("q", query), **self.layout("k", key), **self.layout("v", value)}
         mask, slopes = o.mask, o.alibi_slopes
         mask_strides: tuple[int, ...] = (0, 0, 0, 0)
@@ -43,8 +54,7 @@ class _Arguments:
             mask_strides = mask.expand(self.batch, self.heads, self.queries, self.keys).stride()
         if slopes is not None:
             slopes = slopes.float().contiguous()
-        wide = max(dim, value.shape[-1])
-        self.block = max(16, triton.next_power_of_2(wide))
+        self.features = triton.next_power_of_2(max(dim, value.shape[-1]))
         self.common = {
             "MASK": mask,
             "SLOPES": slopes,
@@ -67,7 +77,7 @@ class _Arguments:
             "DV": value.shape[-1],
             "BLOCK_D": max(16, triton.next_power_of_2(dim)),
             "BLOCK_DV": max(16, triton.next_power_of_2(value.shape[-1])),
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "PRECISION": _precision(query),
         }
 
     def layout(self, name: str, tensor: Tensor) -> dict[str, int]:
@@ -88,6 +98,7 @@ class _Arguments:
         return tensor.new_empty(batch, length, heads, features).transpose(1, 2)
 
     def launch(self, kernel: Any, config: Config, programs: int, **given: Any) -> None:
+        """Runs a kernel with those of the arguments that it takes."""
         arguments = {**self.tensors, **self.strides, **self.common, **given}
         taken = {name: arguments[name] for name in kernel.arg_names if name in arguments}
         kernel[(programs,)](
@@ -99,9 +110,7 @@ def _on(tensor: Tensor) -> Any:
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, o: Options, config: Config | None = None
-) -> tuple[Tensor, Tensor]:
+def attention(query: Tensor, key: Tensor, value: Tensor, o: Options) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp, float32: as `fastlm.reference.attention.attention_lse`.
 
     query [B, H, Tq, D], key [B, KVH, Tk, D], value [B, KVH, Tk, Dv], D and Dv up to 256, in float32, float16 or
@@ -109,20 +118,22 @@ def attention(
     results [sum of Tq, H, Dv] and [H, sum of Tq]. With `o.dropout_p`, `o.seed` is int64 [1].
     """
     call = _Arguments(query, key, value, o)
-    config = config or choose("forward", query, call.block)
     output = call.like(query, value.shape[-1])
     shape = (call.batch, call.heads, call.queries) if o.packing is None else (call.heads, query.shape[0])
     lse = query.new_empty(shape, dtype=torch.float32)
-    # Few queries: the heads that read one key head share a block's rows, and keys and values are read once for all.
-    pack = call.group > 1 and 2 * call.queries <= config.block_m
-    together = call.group if pack else 1
-    config = config.for_rows(call.queries * together)
-    blocks = triton.cdiv(call.queries * together, config.block_m)
+    call.tensors |= {"OUT": output, "LSE": lse, "SINKS": o.sinks}
+    call.strides |= {**call.layout("o", output), **call.per_row("l", lse)}
+
+    def run(config: Config) -> None:
+        # Few queries: heads that read one key head share a block's rows, and keys and values are read once for all.
+        pack = call.group > 1 and 2 * call.queries <= config.block_m
+        together = call.group if pack else 1
+        config = config.for_rows(call.queries * together)
+        blocks = triton.cdiv(call.queries * together, config.block_m)
+        call.launch(attention_forward, config, blocks * call.batch * call.heads // together, PACK=pack)
+
     with _on(query):
-        call.launch(
-            attention_forward, config, blocks * call.batch * call.heads // together,
-            OUT=output, LSE=lse, SINKS=o.sinks, PACK=pack, **call.layout("o", output), **call.per_row("l", lse)
-        )  # fmt: skip
+        run_best("forward", query, call.features, run)
     return output, lse
 
 
@@ -135,17 +146,12 @@ def attention_backward(
     output: Tensor,
     lse: Tensor,
     o: Options,
-    configs: tuple[Config, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of query, key, value and sinks; `output` and `lse` are what `attention` gave for the same options.
 
-    The same bits every time. `configs` are those of the kernels for keys and values, and for queries.
+    The same bits every time.
     """
     call = _Arguments(query, key, value, o)
-    of_keys, of_queries = configs or (
-        choose("grad_key_value", query, call.block),
-        choose("grad_query", query, call.block),
-    )
     grad_output = _rows(grad_output)
     delta = torch.empty_like(lse)
     call.tensors |= {"OUT": output, "DO": grad_output, "LSE": lse, "DELTA": delta}
@@ -157,20 +163,82 @@ def attention_backward(
         call.strides |= {"stride_eb": 0, "stride_eh": 0}
     grad_query = call.like(query, query.shape[-1])
     grad_key, grad_value = call.like(key, key.shape[-1]), call.like(value, value.shape[-1])
-    rows = Config(64, 64, 4, 1)
+    call.tensors |= {"DLSE": grad_lse, "DK": grad_key, "DVALUE": grad_value, "DQ": grad_query}
+    call.strides |= {**call.layout("dk", grad_key), **call.layout("dv", grad_value), **call.layout("dq", grad_query)}
+    heads = call.batch * call.heads
+
+    def of_keys(config: Config) -> None:
+        call.launch(attention_grad_key_value, config, triton.cdiv(call.keys, config.block_n) * heads // call.group)
+
+    def of_queries(config: Config) -> None:
+        call.launch(attention_grad_query, config, triton.cdiv(call.queries, config.block_m) * heads)
+
     with _on(query):
-        programs = triton.cdiv(call.queries, rows.block_m) * call.batch * call.heads
-        call.launch(attention_delta, rows, programs, DLSE=grad_lse)
-        programs = triton.cdiv(call.keys, of_keys.block_n) * call.batch * call.heads // call.group
-        call.launch(
-            attention_grad_key_value, of_keys, programs,
-            DK=grad_key, DVALUE=grad_value, **call.layout("dk", grad_key), **call.layout("dv", grad_value)
-        )  # fmt: skip
-        programs = triton.cdiv(call.queries, of_queries.block_m) * call.batch * call.heads
-        call.launch(attention_grad_query, of_queries, programs, DQ=grad_query, **call.layout("dq", grad_query))
+        call.launch(attention_delta, _DELTA, triton.cdiv(call.queries, _DELTA.block_m) * heads)
+        run_best("grad_key_value", query, call.features, of_keys)
+        run_best("grad_query", query, call.features, of_queries)
     grad_sinks = None
     if o.sinks is not None:
         share = torch.exp(o.sinks.float()[:, None] - lse) * delta  # of [B,] H, T
         share = share.masked_fill(lse == -torch.inf, 0.0).sum(-1)
         grad_sinks = -(share if o.packing is not None else share.sum(0)).to(o.sinks.dtype)
     return grad_query, grad_key, grad_value, grad_sinks
+
+
+def shipped() -> Iterator[Shipped]:
+    """The defaults of every architecture for heads of 64, 128 and 256 features, causal; some otherwise."""
+    plain = [(dtype, d, True) for dtype in ("bf16", "fp32") for d in (64, 128, 256)]
+    for kernel, dtype, d, causal in [
+        *(
+            (attention_forward, *which)
+            for which in [*plain, ("fp16", 64, True), ("fp16", 128, True), ("bf16", 128, False)]
+        ),
+        *((kernel, *which) for kernel in (attention_grad_key_value, attention_grad_query) for which in plain),
+        (attention_delta, "bf16", 128, False),
+    ]:
+        targets: dict[tuple[Config, str], list[str]] = {}
+        for target, known in CONFIGS.items():
+            config = known[_TABLE[kernel], _BYTES[dtype]][(64, 128, 256).index(d)] if kernel in _TABLE else _DELTA
+            precision = "tf32x3" if dtype == "fp32" and target.startswith("sm") else "ieee"
+            targets.setdefault((config, precision), []).append(target)
+        for (config, precision), which in targets.items():
+            yield _shipped(kernel, dtype, d, causal, config, precision, tuple(which))
+
+
+_TABLE = {
+    attention_forward: "forward",
+    attention_grad_key_value: "grad_key_value",
+    attention_grad_query: "grad_query",
+}
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_FLOAT32 = ("LSE", "DELTA", "DLSE")
+_PRODUCTS = {"forward": (1, 1), "grad_key_value": (2, 2), "grad_query": (2, 1)}  # over D and over Dv
+
+
+def _shipped(
+    kernel: Any, dtype: str, d: int, causal: bool, config: Config, precision: str, targets: tuple[str, ...]
+) -> Shipped:
+    options = ("SINKS", "MASK", "SLOPES", "SEED", "STARTS_Q", "STARTS_K", "DLSE", "window", "softcap")
+    constants = {
+        **dict.fromkeys(options), "GROUP": 1, "PACK": False, "CAUSAL": causal, "TOP_LEFT": False,
+        "D": d, "DV": d, "BLOCK_D": d, "BLOCK_DV": d, "PRECISION": precision, **config.blocks(kernel.arg_names),
+    }  # fmt: skip
+    constants = {name: constant for name, constant in constants.items() if name in kernel.arg_names}
+    signature = {}
+    for name in kernel.arg_names:
+        if name.isupper() and name not in constants:
+            signature[name] = "*fp32" if name in _FLOAT32 else f"*{dtype}"
+        elif name not in constants:
+            signature[name] = "i64" if name.startswith("stride") else "i32"
+    signature |= {name: "fp32" for name in ("scale", "dropout_p") if name in signature}
+    aligned = [name for name in signature if name.isupper() or name.startswith("stride")]
+    tile, table = config.block_m * config.block_n, _TABLE.get(kernel)
+    work = Work(bytes=2 * config.block_m * d * _BYTES[dtype])
+    if table is not None:
+        read = config.block_m if table == "grad_key_value" else config.block_n
+        flops = 2.0 * tile * d * sum(_PRODUCTS[table])
+        work = Work(tensor_flops=flops, exponentials=tile, bytes=2 * read * d * _BYTES[dtype])
+    name = f"{kernel.__name__} {dtype} d{d}{' causal' if causal else ''} {' '.join(targets)}"
+    return Shipped(
+        name, kernel, signature, constants, config.num_warps, config.num_stages, targets, tuple(aligned), work
+    )

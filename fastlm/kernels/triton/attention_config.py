@@ -1,16 +1,21 @@
-"""Tile sizes of the attention kernels: defaults per architecture, by the reports of `python -m bench gpu-static`."""
+"""Tile sizes of the attention kernels: defaults per architecture, so that a first call compiles one kernel.
+
+They are the largest tiles that spill nothing, by `python -m bench gpu-static`. FASTLM_AUTOTUNE=1 measures instead, once
+for each kernel, head size and kind of number, the few that are the default of some architecture.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["Config", "choose"]
+__all__ = ["CONFIGS", "Config", "run_best"]
 
 
 class Config(NamedTuple):
@@ -31,17 +36,75 @@ class Config(NamedTuple):
         return self if rows >= self.block_m else self._replace(block_m=max(16, triton.next_power_of_2(rows)))
 
 
+_C = Config
+
+# By kernel, bytes of a number, and features of a head up to: 64, 128, 256.
+CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, Config, Config]]] = {
+    "sm_80": {
+        ("forward", 2): (_C(128, 32, 4, 3), _C(128, 64, 8, 3), _C(128, 32, 8, 2)),
+        ("grad_key_value", 2): (_C(64, 64, 8, 2), _C(32, 64, 8, 2), _C(16, 64, 8, 1)),
+        ("grad_query", 2): (_C(128, 64, 8, 2), _C(128, 32, 8, 2), _C(64, 32, 8, 1)),
+        ("forward", 4): (_C(64, 32, 4, 2), _C(32, 32, 4, 2), _C(32, 16, 4, 1)),
+        ("grad_key_value", 4): (_C(32, 32, 8, 1), _C(16, 32, 8, 1), _C(16, 16, 8, 1)),
+        ("grad_query", 4): (_C(32, 32, 8, 1), _C(32, 16, 8, 1), _C(16, 16, 8, 1)),
+    },
+    "sm_90": {
+        ("forward", 2): (_C(128, 128, 8, 3), _C(128, 128, 8, 2), _C(128, 32, 8, 2)),
+        ("grad_key_value", 2): (_C(64, 128, 8, 2), _C(32, 128, 8, 3), _C(32, 64, 8, 2)),
+        ("grad_query", 2): (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 32, 8, 2)),
+    },
+    "sm_100": {
+        ("forward", 2): (_C(128, 128, 8, 2), _C(128, 128, 8, 3), _C(128, 32, 8, 2)),
+        ("grad_key_value", 2): (_C(64, 128, 8, 2), _C(32, 128, 8, 2), _C(32, 64, 8, 2)),
+        ("grad_query", 2): (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 32, 8, 2)),
+    },
+    "gfx942": {
+        ("forward", 2): (_C(128, 64, 4, 1), _C(128, 64, 4, 1), _C(64, 32, 4, 1)),
+        ("grad_key_value", 2): (_C(64, 64, 4, 1), _C(32, 64, 4, 1), _C(32, 32, 4, 1)),
+        ("grad_query", 2): (_C(64, 64, 4, 1), _C(64, 32, 4, 1), _C(32, 32, 4, 1)),
+    },
+}
+CONFIGS["sm_86"] = CONFIGS["sm_80"] | {
+    ("forward", 2): (_C(128, 32, 4, 3), _C(128, 64, 8, 2), _C(64, 32, 8, 1)),
+}
+for _name in ("sm_90", "sm_100", "gfx942"):
+    CONFIGS[_name] = CONFIGS["sm_80"] | CONFIGS[_name]
+
+_INTERPRETED = Config(32, 16, 4, 1)  # so that short sequences, which is all it has time for, have several blocks
+_measured: dict[tuple[object, ...], Config] = {}
+
+
 @functools.cache
-def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; "interpreter" for a CPU."""
-    if device.type == "cpu":
-        return "interpreter"
+def _architecture(device: torch.device) -> str:
+    """The entry of CONFIGS for a device: its own, or that of the nearest kin with no more shared memory."""
     if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+        return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    if major in (9, 10):
+        return f"sm_{major}0"
+    return "sm_80" if (major, minor) == (8, 0) else "sm_86"
 
 
-def choose(kernel: str, query: Tensor, block_d: int) -> Config:
-    """The default of a kernel ("forward", "grad_key_value", "grad_query") for these tensors."""
-    return Config(32, 16, 4, 1)
+def run_best(kernel: str, query: Tensor, features: int, run: Callable[[Config], None]) -> None:
+    """Runs a kernel ("forward", "grad_key_value", "grad_query") in the best known way for such tensors.
+
+    `features` are those of a head, as a power of two. `run` may be called several times.
+    """
+    if not query.is_cuda:
+        return run(_INTERPRETED)
+    architecture = _architecture(query.device)
+    size = 0 if features <= 64 else 1 if features <= 128 else 2
+    if os.environ.get("FASTLM_AUTOTUNE") != "1":
+        return run(CONFIGS[architecture][kernel, query.element_size()][size])
+    key = (kernel, query.device, query.dtype, features)
+    if key not in _measured:
+        times: dict[Config, float] = {}
+        for known in CONFIGS.values():
+            config = known[kernel, query.element_size()][size]
+            if config not in times:
+                try:
+                    times[config] = triton.testing.do_bench(functools.partial(run, config), warmup=5, rep=20)
+                except triton.runtime.errors.OutOfResources:  # another architecture has more shared memory
+                    times[config] = float("inf")
+        _measured[key] = min(times, key=times.__getitem__)
+    return run(_measured[key])
