@@ -1,4 +1,4 @@
-"""Guessing ahead (prompt lookup) against plain decoding, both ours: where the text repeats itself and where not."""
+"""Guessing ahead against plain decoding, both ours: from a text that repeats itself or not, and by a quantised copy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import fastlm
 from bench import models
 from bench.case import Case, require
-from fastlm.generation import Engine
+from fastlm.generation import Engine, LanguageModel
+from fastlm.generation.draft_model import DRAFT_TOKENS, quantized_copy
+from fastlm.models import CausalLM
 
 __all__ = ["cases"]
 
@@ -18,39 +20,60 @@ _DRAFTS = 7  # with the token before them two tiles of four rows
 
 
 def cases() -> Iterator[Case]:
-    """SmolLM2-135M Q4_1: a prompt that the continuation repeats, and one that leads anywhere."""
+    """SmolLM2-135M: a prompt that the continuation repeats, one that leads anywhere; a copy that guesses for float32."""
     lm = fastlm.load(models.smollm2("Q4_1"))
     paragraph = pydoc_data.topics.topics["assert"][:900]
-    prompts = {
-        "the text repeats its prompt": (paragraph + paragraph[:450], 2.0),
-        "open-ended text": ("The history of the steam engine begins", 0.97),
-    }
-    for name, (prompt, goal) in prompts.items():
+    open_ended = "The history of the steam engine begins"
+    yield _case("prompt lookup, SmolLM2-135M Q4_1", "the text repeats its prompt", lm, paragraph + paragraph[:450], 2.0)
+    yield _case("prompt lookup, SmolLM2-135M Q4_1", "open-ended text", lm, open_ended, 0.97)
+    plain = fastlm.load(models.smollm2("F32"))
+    draft = quantized_copy(plain.model, "Q4_0")
+    name = "drafts by a Q4_0 copy, SmolLM2-135M float32"
+    yield _case(name, "open-ended text, greedy", plain, open_ended, 1.3, draft)
+    yield _case(name, "open-ended text, temperature 1", plain, open_ended, 0.97, draft, temperature=1.0)
 
-        def run(draft_tokens: int, ids: list[int] = lm.encode(prompt)) -> tuple[list[int], float]:  # noqa: B008
-            """The tokens, and the seconds of decoding, the prompt being read before."""
-            options = {"max_new_tokens": _TOKENS, "min_new_tokens": _TOKENS, "temperature": 0.0}
-            params = fastlm.SamplingParams(draft_tokens=draft_tokens, **options)  # type: ignore[arg-type]
-            engine = Engine(lm.model, rows=1, max_length=len(ids) + _TOKENS, stop_ids=lm.stop_ids)
-            engine.submit(ids, params)
-            tokens = [token.id for token in engine.step()]
-            start = time.perf_counter()
-            while engine.active:
-                tokens += [token.id for token in engine.step(16)]
-            return tokens, time.perf_counter() - start
 
-        def gate(run=run) -> None:  # type: ignore[no-untyped-def]
-            require(run(_DRAFTS)[0] == run(0)[0], "guessing has changed the tokens")
+def _case(
+    name: str,
+    shape: str,
+    lm: LanguageModel,
+    prompt: str,
+    goal: float,
+    draft: CausalLM | None = None,
+    temperature: float = 0.0,
+) -> Case:
+    ids = lm.encode(prompt)
+    count = _DRAFTS if draft is None else DRAFT_TOKENS
 
-        yield Case(
-            name="prompt lookup, SmolLM2-135M Q4_1",
-            shape=f"{name}, {_TOKENS} tokens",
-            peer_name="plain decoding, ours",
-            gate=gate,
-            ours=lambda run=run: run(_DRAFTS)[1],  # type: ignore[misc]
-            peer=lambda run=run: run(0)[1],  # type: ignore[misc]
-            unit="seconds",
-            goal=goal,
-            pairs=5,
-            note="the time after the prompt has been read",
+    def run(draft_tokens: int) -> tuple[list[int], float]:
+        """The tokens, and the seconds of decoding, the prompt being read before."""
+        params = fastlm.SamplingParams(
+            draft_tokens=draft_tokens,
+            max_new_tokens=_TOKENS,
+            min_new_tokens=_TOKENS,
+            temperature=temperature,
+            seed=1,
         )
+        engine = Engine(lm.model, rows=1, max_length=len(ids) + _TOKENS, stop_ids=lm.stop_ids, draft_model=draft)
+        engine.submit(ids, params)
+        tokens = [token.id for token in engine.step()]
+        start = time.perf_counter()
+        while engine.active:
+            tokens += [token.id for token in engine.step(16)]
+        return tokens, time.perf_counter() - start
+
+    def gate() -> None:
+        require(run(count)[0] == run(0)[0], "guessing has changed the tokens")
+
+    return Case(
+        name=name,
+        shape=f"{shape}, {_TOKENS} tokens",
+        peer_name="plain decoding, ours",
+        gate=gate,
+        ours=lambda: run(count)[1],
+        peer=lambda: run(0)[1],
+        unit="seconds",
+        goal=goal,
+        pairs=5,
+        note="the time after the prompt has been read",
+    )

@@ -38,7 +38,9 @@ void float_tile(const LinearArgs& a, const LinearWeight& out, int64_t m0, int64_
   for (int64_t k = 0; k < whole; k += kBlock) {
     const uint8_t* block = weight + weight_bytes(kind, k);
     for (int n = 0; n < N; ++n) {
-      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(block) + (n + N) * row_bytes));
+      const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + (n + N) * row_bytes;
+      for (int64_t line = 0; line < weight_bytes(kind, kBlock); line += 64)
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead + line));
       decode<kind>(block + n * row_bytes, w);
       for (int m = 0; m < M; ++m)
         for (int i = 0; i < kVectors; ++i) sums[m][n] += w[i] * load(x + m * a.columns + k + i * kLanes);

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlm.cli.common import KvOption, ModelOption, errors, load_model
+from fastlm.cli.common import DraftOption, KvOption, ModelOption, errors, load_model
 
 if TYPE_CHECKING:
     from fastlm.generation.params import SamplingOptions
@@ -23,6 +23,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Keep this much probability.")] = 0.9,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
     kv_dtype: KvOption = None,
+    draft: DraftOption = None,
 ) -> None:
     """Talk with a model that has a chat template.
 
@@ -37,7 +38,7 @@ def chat(
         "seed": seed,
     }
     SamplingParams.of(**options)  # a wrong option is told before a model is loaded
-    language_model = load_model(model, kv_dtype=kv_dtype)
+    language_model = load_model(model, kv_dtype=kv_dtype, draft=draft)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     language_model.chat_prompt([*opening, {"role": "user", "content": "hello"}])  # fails now, not after typing

@@ -15,7 +15,17 @@ from rich.console import Console
 if TYPE_CHECKING:
     from fastlm.generation import LanguageModel
 
-__all__ = ["EXIT_ERROR", "EXIT_INTERRUPTED", "KvOption", "ModelOption", "console", "errors", "load_model", "run"]
+__all__ = [
+    "EXIT_ERROR",
+    "DraftOption",
+    "EXIT_INTERRUPTED",
+    "KvOption",
+    "ModelOption",
+    "console",
+    "errors",
+    "load_model",
+    "run",
+]
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -50,7 +60,20 @@ KvOption = Annotated[
 ]
 
 
-def load_model(model: str, compute: str = "fast", kv_dtype: KvDtype | None = None) -> LanguageModel:
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="NAME|PATH|KIND",
+        help="Guess ahead with this model of the same vocabulary, or with a copy of the model in fewer bits (Q4_0): "
+        "same text, sooner.",
+    ),
+]
+
+
+def load_model(
+    model: str, compute: str = "fast", kv_dtype: KvDtype | None = None, draft: str | None = None
+) -> LanguageModel:
     """`fastlm.load` for a command: says on stderr what it fetches, so that stdout holds the result alone."""
     import torch
 
@@ -61,7 +84,8 @@ def load_model(model: str, compute: str = "fast", kv_dtype: KvDtype | None = Non
         from fastlm.cli.pull import pull_with_progress
 
         pull_with_progress(model)
-    return load(model, compute=compute, kv_dtype=None if kv_dtype is None else getattr(torch, kv_dtype.value))
+    kind = None if kv_dtype is None else getattr(torch, kv_dtype.value)
+    return load(model, compute=compute, kv_dtype=kind, draft=draft)
 
 
 def run(app: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlm.cli.common import KvOption, ModelOption, errors, load_model
+from fastlm.cli.common import DraftOption, KvOption, ModelOption, errors, load_model
 
 if TYPE_CHECKING:
     from fastlm.generation.params import SamplingOptions
@@ -64,10 +64,12 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.", rich_help_panel="Sampling")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this string (repeatable).")] = None,
     draft_tokens: Annotated[
-        int, typer.Option(help="Guess this many tokens ahead where the text repeats itself; same text, sooner. 0: off.")
-    ] = 0,
+        int | None,
+        typer.Option(help="Guess this many tokens ahead, with --draft or else where the text repeats itself. 0: off."),
+    ] = None,
     compute: Annotated[Compute, typer.Option(help="Arithmetic for quantised weights.")] = Compute.fast,
     kv_dtype: KvOption = None,
+    draft: DraftOption = None,
 ) -> None:
     """Continue a prompt with a pretrained or trained model.
 
@@ -89,12 +91,13 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
         "stop": tuple(stop or ()),
-        "draft_tokens": draft_tokens,
     }
+    if draft_tokens is not None:
+        options["draft_tokens"] = draft_tokens
     from fastlm.generation import SamplingParams
 
     SamplingParams.of(**options)  # a wrong option is told before a model is loaded
-    language_model = load_model(model, compute.value, kv_dtype)
+    language_model = load_model(model, compute.value, kv_dtype, draft)
     if n == 1 and stream:
         pieces = language_model.stream(text, **options)
         if echo:

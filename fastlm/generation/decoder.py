@@ -27,12 +27,12 @@ class Decoder:
         sequences: the random sequence of each row. Default: rows with the same prompt are numbered 0, 1, ... and so
             differ from each other, and a row's draws do not depend on the other prompts.
         capture: record the decode step and replay it where that is possible; False runs every step op by op.
-        draft: guesses `params.draft_tokens` tokens ahead of a single row; default: prompt lookup.
-        kv_dtype: of the KV cache, as in `CausalLM.make_state`.
+        draft: guesses `params.draft_tokens` tokens ahead of a single row; None: `draft_model`, or prompt lookup.
+        kv_dtype, draft_model: as for `Engine`.
 
     Raises:
-        ValueError: `kv_dtype` is not what the model can have; a prompt is empty, has ids outside the vocabulary, or
-            leaves no room in the model's context.
+        ValueError: `kv_dtype` or `draft_model` does not fit the model; a prompt is empty, has ids outside the
+            vocabulary, or leaves no room in the model's context.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Decoder:
         capture: bool = True,
         draft: Draft | None = None,
         kv_dtype: torch.dtype | None = None,
+        draft_model: CausalLM | None = None,
     ) -> None:
         rows = as_ids(prompts)
         context = model.config.context_length
@@ -69,6 +70,7 @@ class Decoder:
             stop_ids=stop_ids,
             capture=capture,
             kv_dtype=kv_dtype,
+            draft_model=draft_model,
         )
         for prompt, sequence in zip(rows, sequences, strict=True):
             self._engine.submit(prompt, params, sequence=sequence, draft=draft)

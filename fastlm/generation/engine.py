@@ -73,9 +73,12 @@ class Engine:
         reuse_prefixes: do not read again what a prompt shares with the beginning of another request, active or past.
             The numbers then come from another division of the prompt into products, whose last bits can differ.
         kv_dtype: of the KV cache, as in `CausalLM.make_state`.
+        draft_model: guesses for requests with `draft_tokens`; None: prompt lookup does.
+        rewritable: `rewrite` can be used. A recurrent model's state is then kept before each step.
 
     Raises:
-        ValueError: `rows`, `max_length` or `kv_dtype` is not what the model can have.
+        ValueError: `rows`, `max_length` or `kv_dtype` is not what the model can have, or the draft's vocabulary is
+            another.
     """
 
     def __init__(
@@ -88,8 +91,16 @@ class Engine:
         capture: bool = True,
         reuse_prefixes: bool = False,
         kv_dtype: torch.dtype | None = None,
+        draft_model: CausalLM | None = None,
+        rewritable: bool = False,
     ) -> None:
+        if draft_model is not None and draft_model.config.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"draft_model: its vocabulary has {draft_model.config.vocab_size} tokens, the model's "
+                f"{model.config.vocab_size}"
+            )
         self._model = model
+        self._draft_model = draft_model
         self._state = model.make_state(rows, max_length, kv_dtype=kv_dtype)
         self._max_length = self._state.max_length or max_length
         self._stop_ids = frozenset(int(token) for token in stop_ids)
@@ -104,6 +115,10 @@ class Engine:
         self._sampling = sampling_device(model.device)
         self._samples_on_device = self._sampling == model.device
         self._pace = Pace()
+        # A recurrent state cannot be shortened: what it was after so many tokens.
+        self._marks: dict[int, Callable[[], None]] | None = (
+            {} if rewritable and not isinstance(self._state, KVCache) else None
+        )
         self._why_not_captured: str | None = None if capture else "capture=False"
 
     @property
@@ -125,7 +140,7 @@ class Engine:
             prompt: token ids, at least one.
             params: its options.
             sequence: of its random numbers: requests of the same prompt and seed draw differently by it.
-            draft: guesses `params.draft_tokens` tokens ahead while it is alone; default: prompt lookup.
+            draft: guesses `params.draft_tokens` tokens ahead while it is alone; None: `draft_model`, or prompt lookup.
 
         Returns:
             The request's number, counted from 0.
@@ -146,10 +161,47 @@ class Engine:
         params = params.with_seed()
         bias = dense_bias(params.logit_bias, vocab_size)
         if draft is None and params.draft_tokens:
-            draft = PromptLookup()
+            draft = self._default_draft(params, sequence)
         self._waiting.append(Request(self._count, ids, params, sequence, bias, draft))
         self._count += 1
         return self._count - 1
+
+    def _default_draft(self, params: SamplingParams, sequence: int) -> Draft:
+        if self._draft_model is None:
+            return PromptLookup()
+        from fastlm.generation.draft_model import ModelDraft  # which is an engine itself
+
+        limits = [n for n in (self._max_length, self._draft_model.config.context_length) if n is not None]
+        return ModelDraft(self._draft_model, params, sequence=sequence, max_length=min(limits, default=None))
+
+    @torch.inference_mode()
+    def rewrite(self, number: int, ids: Sequence[int]) -> None:
+        """Makes `ids` the tokens of an active request, which goes on from there: what it has else is forgotten.
+
+        Raises:
+            ValueError: no such request is active, or `ids` parts from its tokens where the state of a recurrent model
+                was not kept: before the last `rewrite`.
+        """
+        found = [request for request in self._active if request.number == number]
+        if not found:
+            raise ValueError(f"rewrite: request {number} is not active")
+        request = found[0]
+        known = min(_shared(request.ids, ids), len(request.ids) - 1, len(ids) - 1)
+        if self._marks is None:
+            self._state.lengths[request.slot] = known
+        elif known < len(request.ids) - 1:
+            if known not in self._marks:
+                raise ValueError(f"rewrite: the state after {known} tokens was not kept")
+            self._marks[known]()
+        if self._marks is not None:
+            self._marks.clear()
+        if known < len(ids) - 1:
+            missing = torch.tensor([list(ids[known:-1])], dtype=torch.int64, device=self._model.device)
+            state = self._state.row(request.slot)
+            for chunk in missing.split(_PREFILL_CHUNK, dim=1):
+                self._model.hidden(chunk, state)
+        request.ids = list(ids)
+        self._current = None
 
     def cancel(self, number: int) -> None:
         """Ends a request from outside: it takes no part in further steps."""
@@ -231,6 +283,9 @@ class Engine:
                 return guessed
             ahead = min(ahead, max(1, self._pace.waiting))
         recording = self._recording(running, 1)
+        if self._marks is not None:
+            ahead = 1
+            self._marks[len(running[0].ids) - 1] = self._state.snapshot()
         if recording.captured is None:
             self._record(recording)
             assert recording.logits is not None
@@ -255,12 +310,12 @@ class Engine:
         if self._pace.waiting or self._steps_left(request) < count + 1 or self._why_not_captured is not None:
             return []
         assert request.draft is not None
+        start = time.perf_counter()
         guesses = request.draft.propose(request.ids, count)[:count]
         first = self._place([request], count + 1).captured is None
         # Recording costs several steps, which takes a promising guess to be worth it.
         if not guesses or (first and len(guesses) < count):
             return []
-        start = time.perf_counter()
         recording = self._recording([request], count + 1, guesses)
         if first:
             self._record(recording)

@@ -14,9 +14,12 @@ from fastlm import checkpoints
 from fastlm.checkpoints.pull import KNOWN_MODELS, pull
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.generation.decoder import Decoder, FinishReason
+from fastlm.generation.draft_model import DRAFT_TOKENS, quantized_copy
+from fastlm.generation.engine import Engine
 from fastlm.generation.params import SamplingOptions, SamplingParams
 from fastlm.generation.text import TextAssembler
 from fastlm.models.base import CausalLM
+from fastlm.reference.quantized import KINDS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,7 +58,9 @@ class LanguageModel:
     Options of `generate`, `stream` and `generate_ids` are those of `SamplingParams`. The same seed gives the same
     text for a prompt, alone or in a list, wherever it stands; equal prompts in one list get different draws.
 
-    `kv_dtype` is what generation keeps keys and values in, as in `CausalLM.make_state`.
+    `kv_dtype` is what generation keeps keys and values in, as in `CausalLM.make_state`. A `draft_model` of the same
+    vocabulary guesses `draft_tokens` tokens ahead of a single prompt (3 if that option is not given): the same text,
+    sooner where it guesses well.
     """
 
     def __init__(
@@ -65,11 +70,12 @@ class LanguageModel:
         *,
         metadata: dict[str, Any] | None = None,
         kv_dtype: torch.dtype | None = None,
+        draft_model: CausalLM | None = None,
     ) -> None:
         self.model = model.eval()
         self.kv_dtype = kv_dtype
-        if kv_dtype is not None:
-            model.make_state(1, 1, kv_dtype=kv_dtype)  # refused now rather than at the first prompt
+        self.draft_model = None if draft_model is None else draft_model.eval()
+        Engine(model, rows=1, max_length=1, kv_dtype=kv_dtype, draft_model=draft_model)  # refused now, if at all
         self._tokenizer = tokenizer
         self.metadata = dict(metadata or {})
 
@@ -104,12 +110,12 @@ class LanguageModel:
 
     def complete(self, prompts: Sequence[str], **options: Unpack[SamplingOptions]) -> list[Completion]:
         """Like `generate`, with tokens, log-probabilities and the reason each row ended."""
-        params = SamplingParams.of(**options)
+        params = self._params(options)
         return self._run([self.encode(prompt) for prompt in prompts], params, text=True)
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[list[int]]:
         """The new token ids for each list of prompt ids, a stop token included. Needs no tokenizer."""
-        params = SamplingParams.of(**options)
+        params = self._params(options)
         if params.stop and self._tokenizer is None:
             raise ValueError("stop: stop strings need a tokenizer, and this model has none")
         return [completion.ids for completion in self._run(prompts, params, text=bool(params.stop))]
@@ -144,7 +150,7 @@ class LanguageModel:
         Options as in `generate`, checked when this is called, before the first piece is asked for. Closing the
         iterator ends the work.
         """
-        params = SamplingParams.of(**options)
+        params = self._params(options)
         return self._stream(self._decoder([self.encode(prompt)], params), self._assembler(params))
 
     def _stream(self, decoder: Decoder, assembler: TextAssembler) -> Iterator[str]:
@@ -166,7 +172,7 @@ class LanguageModel:
     def chat(self, messages: Sequence[Message], **options: Unpack[SamplingOptions]) -> Iterator[str]:
         """Streams the model's answer to a conversation; options as in `generate`."""
         ids = self.tokenizer.encode_chat(list(messages))
-        params = SamplingParams.of(**options)
+        params = self._params(options)
         return self._stream(self._decoder([ids], params), self._assembler(params))
 
     @torch.inference_mode()
@@ -205,8 +211,20 @@ class LanguageModel:
         """Tokens that end generation."""
         return self._tokenizer.stop_ids if self._tokenizer is not None else frozenset()
 
+    def _params(self, options: SamplingOptions) -> SamplingParams:
+        if self.draft_model is not None:
+            options = {"draft_tokens": DRAFT_TOKENS, **options}
+        return SamplingParams.of(**options)
+
     def _decoder(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Decoder:
-        return Decoder(self.model, prompts, params, stop_ids=self.stop_ids, kv_dtype=self.kv_dtype)
+        return Decoder(
+            self.model,
+            prompts,
+            params,
+            stop_ids=self.stop_ids,
+            kv_dtype=self.kv_dtype,
+            draft_model=self.draft_model,
+        )
 
     def _assembler(self, params: SamplingParams) -> TextAssembler:
         return TextAssembler(self.tokenizer.token_bytes, params.stop, params.min_new_tokens)
@@ -225,6 +243,7 @@ def load(
     device: torch.device | str | None = None,
     compute: str = "fast",
     kv_dtype: torch.dtype | None = None,
+    draft: str | Path | None = None,
 ) -> LanguageModel:
     """Loads a language model: a known name, a GGUF file, a Hugging Face folder, or a folder `fastlm train` wrote.
 
@@ -236,13 +255,26 @@ def load(
             activations with dequantised weights.
         kv_dtype: what to keep keys and values in while generating: None for the model's dtype; torch.bfloat16 and
             torch.int8 take half and about a quarter of float32's memory, and less time over a long context.
+        draft: what guesses ahead (see `LanguageModel`): a path or name of another model of the same vocabulary, or a
+            kind ("Q4_0", "Q8_0", ...) to which a copy of the model's own matrices is quantised.
 
     Raises:
-        ValueError: an unknown name, or `compute` neither of the two.
+        ValueError: an unknown name, `compute` neither of the two, or a `draft` or `kv_dtype` that does not fit.
         CheckpointError: the file or folder is damaged or of an unknown kind; the message names the culprit.
     """
     if compute not in ("fast", "exact"):
         raise ValueError(f"compute: {compute!r} is not 'fast' or 'exact'")
+    loaded = checkpoints.load(_find(name_or_path), dtype=dtype, device=device, compute=compute)
+    guess: CausalLM | None = None
+    if draft is not None and str(draft) in KINDS:
+        guess = quantized_copy(loaded.model, str(draft))
+    elif draft is not None:
+        guess = checkpoints.load(_find(draft), device=device).model
+    return LanguageModel(loaded.model, loaded.tokenizer, metadata=loaded.metadata, kv_dtype=kv_dtype, draft_model=guess)
+
+
+def _find(name_or_path: str | Path) -> Path:
+    """The file or folder, fetched if it is a known name. ValueError: it is neither."""
     path = Path(name_or_path)
     if not path.exists():
         if str(name_or_path) not in KNOWN_MODELS:
@@ -250,6 +282,5 @@ def load(
             raise ValueError(
                 f"no file or folder {str(name_or_path)!r}, and no known model of that name (known: {known})"
             )
-        path = pull(str(name_or_path))
-    loaded = checkpoints.load(path, dtype=dtype, device=device, compute=compute)
-    return LanguageModel(loaded.model, loaded.tokenizer, metadata=loaded.metadata, kv_dtype=kv_dtype)
+        return pull(str(name_or_path))
+    return path

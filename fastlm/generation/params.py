@@ -57,9 +57,9 @@ class SamplingParams:
         seed: the same seed gives the same tokens, alone or in any batch; None draws a fresh one.
         stop: strings that end a row; the text ends before the first of them.
         logprobs: return each token's log-probability under the model (before penalties and filters).
-        draft_tokens: guess so many tokens ahead of a single row from what followed the like of its end earlier in the
-            text, and confirm them in one step. The tokens are the same as without; a text that repeats itself comes
-            sooner. 0: off.
+        draft_tokens: guess so many tokens ahead of a single row and confirm them in one step: by a draft model, or from
+            what followed the like of the text's end earlier in it. The tokens are the same as without, and come sooner
+            where the guesses are good. 0: off.
 
     Raises:
         ValueError: a value is out of its range; the message names the option.

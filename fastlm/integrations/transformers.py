@@ -40,6 +40,7 @@ from fastlm import ops
 from fastlm.checkpoints import CheckpointError
 from fastlm.checkpoints.hf import from_state
 from fastlm.generation import Decoder, SamplingParams
+from fastlm.generation.draft_model import DRAFT_TOKENS, quantized_copy
 from fastlm.generation.params import SamplingOptions
 from fastlm.models import CausalLM
 
@@ -122,7 +123,8 @@ def generate(
     synced_gpus: bool = False,
     streamer: Any = None,
     weights: str | None = None,
-    draft_tokens: int = 0,
+    draft: str | None = "auto",
+    draft_tokens: int | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """The generation loop for `model.generate(..., custom_generate=fastlm.generate)`: greedy and sampling.
@@ -134,7 +136,10 @@ def generate(
 
     Args:
         weights: passed to `model.generate` beside `custom_generate`, quantises matrices: see `convert`.
-        draft_tokens: likewise; see `fastlm.SamplingParams`.
+        draft: likewise: a kind ("Q4_0", "Q8_0", ...) to which a copy of the model is quantised that guesses ahead: the
+            same text, sooner, for a fraction of the model's memory. "auto": "Q4_0" where that pays, which is greedy
+            text of one prompt from weights that are not quantised; None: no copy.
+        draft_tokens: how many tokens to guess; without a copy, from the text itself. See `fastlm.SamplingParams`.
 
     Returns:
         As transformers': ids [B, T], prompt included, padded behind the rows that ended early, or with
@@ -163,9 +168,13 @@ def generate(
     mask = model_kwargs.get("attention_mask")
     prompts = [row if mask is None else row[mask[at].bool()] for at, row in enumerate(input_ids)]
     seed = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
-    options["seed"], options["draft_tokens"] = seed, draft_tokens
+    if draft == "auto":
+        draft = "Q4_0" if weights is None and not generation_config.do_sample and len(prompts) == 1 else None
+    options["seed"] = seed
+    options["draft_tokens"] = draft_tokens if draft_tokens is not None else DRAFT_TOKENS if draft else 0
     params = SamplingParams.of(**options)
-    decoder = Decoder(ours, [row.tolist() for row in prompts], params, stop_ids=stops)
+    guess = _draft(ours, draft) if options["draft_tokens"] else None
+    decoder = Decoder(ours, [row.tolist() for row in prompts], params, stop_ids=stops, draft_model=guess)
     rows: list[list[int]] = [[] for _ in prompts]
     while decoder.active:
         for token in decoder.step(1 if streamer is not None else 16):
@@ -181,6 +190,19 @@ def generate(
         new[at, : len(row)] = torch.tensor(row)
     sequences = torch.cat([input_ids, new], dim=1)
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+
+
+_drafts: weakref.WeakKeyDictionary[CausalLM, dict[str, CausalLM]] = weakref.WeakKeyDictionary()
+
+
+def _draft(model: CausalLM, kind: str | None) -> CausalLM | None:
+    """The copy of a model that guesses for it, made once."""
+    if kind is None:
+        return None
+    held = _drafts.setdefault(model, {})
+    if kind not in held:
+        held[kind] = quantized_copy(model, kind)
+    return held[kind]
 
 
 class _Unsupported(Exception):

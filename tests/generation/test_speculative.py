@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
+from logits import mean_kl
 from tiny_models import VOCAB, gpt, llama, lstm, spread
 
-from fastlm.generation import Decoder, SamplingParams
+from fastlm.generation import Decoder, Engine, LanguageModel, SamplingParams
 from fastlm.generation.draft import Draft, PromptLookup
+from fastlm.generation.draft_model import ModelDraft, quantized_copy
 from fastlm.generation.params import MOST_DRAFTS
 from fastlm.generation.speculative import Pace
 from fastlm.models.base import CausalLM
+from fastlm.models.llama import Llama, LlamaConfig
 
 
 @pytest.fixture(params=[gpt, lambda: llama(window=9)], ids=["gpt", "llama-window"])
@@ -76,7 +80,7 @@ def test_right_guesses_save_steps(model: CausalLM) -> None:
     while decoder.active:
         steps.append([token.id for token in decoder.step()])
     assert [token for step in steps for token in step] == [token for token, _, _ in want]
-    assert [len(step) for step in steps[:4]] == [1, 5, 5, 5]
+    assert [len(step) for step in steps[:4]] == [1, 1, 1, 5]
     assert decoder.why_not_captured is None
 
 
@@ -140,20 +144,116 @@ def test_prompt_lookup(ids: list[int], want: list[int]) -> None:
     assert growing.propose(ids, 4) == want
 
 
-def test_pauses_grow_while_guesses_fail_and_end_when_one_pays() -> None:
+def test_failing_guesses_cost_little_and_good_ones_go_on() -> None:
+    pace = Pace()
+    assert pace.waiting == 2
+    pace.plain(0.02, 2)
+    assert pace.waiting == 0
+    # A round takes as long as 2.2 plain steps. None of its guesses is right.
+    tokens, seconds = 2, 0.02
+    while tokens < 2000:
+        if pace.waiting:
+            pace.plain(0.01, 1)
+            seconds += 0.01
+        else:
+            pace.guessed(0.022, 1)
+            seconds += 0.022
+        tokens += 1
+    assert 1.005 < seconds / (0.01 * tokens) < 1.03
+    # From here on all are: once one has been tried, it goes on.
+    pace.plain(0.01 * pace.waiting, pace.waiting)
+    for _ in range(5):
+        assert pace.waiting == 0
+        pace.guessed(0.022, 4)
+    # Rounds that pay on average go on through some that fail.
+    for tokens in (1, 1, 4, 4, 1, 1, 4):
+        assert pace.waiting == 0
+        pace.guessed(0.022, tokens)
+
+
+def test_one_disturbed_step_does_not_end_guessing() -> None:
     pace = Pace()
     pace.plain(0.1, 10)
-    waits: list[int] = []
-    for _ in range(3):
-        pace.guessed(0.03, 1)
-        waits.append(pace.waiting)
-        pace.plain(0.01 * pace.waiting, pace.waiting)
+    for seconds in (0.02, 0.02, 0.5, 0.02):
         assert pace.waiting == 0
-    assert waits == [8, 16, 32]
-    pace.guessed(0.03, 4)
-    assert pace.waiting == 0
-    pace.guessed(0.03, 1)
-    assert pace.waiting == 8
+        pace.guessed(seconds, 4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("small", [gpt, llama, lstm, "Q8_0"])
+def test_a_model_guesses_for_another(model: CausalLM, small: Callable[[], CausalLM] | str, temperature: float) -> None:
+    draft = quantized_copy(model, small) if isinstance(small, str) else spread(small)
+    options = {"max_new_tokens": 50, "temperature": temperature}
+    want = _run(model, [1, 2, 3], **options)
+    for count in (1, 4):
+        decoder = Decoder(
+            model, [[1, 2, 3]], SamplingParams.of(seed=3, draft_tokens=count, **options), draft_model=draft
+        )
+        decoder._engine._pace = Always()
+        got, steps = [], 0
+        while decoder.active:
+            got += decoder.step()
+            steps += 1
+        assert [token.id for token in got] == [token for token, _, _ in want]
+        if small == "Q8_0":
+            assert steps < 0.75 * len(want)
+
+
+class Always(Pace):
+    """No pause."""
+
+    waiting = 0  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("make", [llama, lstm, gpt])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_says_what_its_model_would_wherever_the_text_goes(
+    make: Callable[[], CausalLM], temperature: float
+) -> None:
+    model, params = spread(make), SamplingParams(temperature=temperature, seed=5)
+    draft, ids = ModelDraft(model, params), [1, 2, 3]
+
+    def fresh(ids: list[int], count: int) -> list[int]:
+        engine = Engine(model, rows=1, capture=False)
+        engine.submit(ids, replace(params, max_new_tokens=count))
+        found: list[int] = []
+        while engine.active:
+            found += [token.id for token in engine.step()]
+        return found
+
+    # All right; the first wrong; some right; none asked for a while.
+    for count, right, more in ((4, 4, 1), (4, 0, 1), (4, 2, 1), (3, 3, 1), (2, 1, 9), (5, 5, 1), (1, 0, 1)):
+        guesses = draft.propose(ids, count)
+        assert guesses == fresh(ids, count)
+        ids = ids + guesses[:right] + [(guesses[right] + 1 if right < count else 7) % VOCAB, *range(2, more + 1)]
+    assert ModelDraft(model, params, max_length=10).propose(list(range(8)), 3) == []
+
+
+def test_a_draft_of_another_vocabulary_is_refused() -> None:
+    other = Llama(LlamaConfig(vocab_size=50, context_length=64, num_layers=1, num_heads=2, hidden_size=8))
+    with pytest.raises(ValueError, match=f"draft_model: its vocabulary has 50 tokens, the model's {VOCAB}"):
+        LanguageModel(llama(), draft_model=other)
+
+
+def test_an_engine_rewrites_active_requests_only() -> None:
+    engine = Engine(llama().eval(), rows=1, rewritable=True)
+    with pytest.raises(ValueError, match="request 0 is not active"):
+        engine.rewrite(0, [1, 2])
+    recurrent = Engine(spread(lstm), rows=1, rewritable=True)
+    recurrent.submit([1, 2, 3], SamplingParams())
+    recurrent.step()
+    with pytest.raises(ValueError, match="the state after 1 tokens was not kept"):
+        recurrent.rewrite(0, [1, 9])
+
+
+def test_a_quantized_copy_shares_what_it_can(model: CausalLM) -> None:
+    small = quantized_copy(model, "Q8_0")
+    assert {id(p) for p in small.parameters()} <= {id(p) for p in model.parameters()}
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        assert 0 < mean_kl(model(ids), small(ids)) < 0.01
+    with pytest.raises(ValueError, match="kind is 'Q9'"):
+        quantized_copy(model, "Q9")
 
 
 def test_planted_fault_guesses_left_in_the_cache_are_seen(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,96 @@
+"""A small model that guesses what a large one is going to say.
+
+Leviathan et al., 2022, https://arxiv.org/abs/2211.17192. The draft draws with the very random numbers that the large
+model is going to draw with, so where the two distributions are close, so are the tokens, at any temperature. It may be
+of another family, an LSTM for a Transformer; or the large model itself with fewer bits (`quantized_copy`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from fastlm.generation.engine import Engine
+from fastlm.generation.params import SamplingParams
+from fastlm.models.base import CausalLM
+from fastlm.nn.linear import Linear, QuantizedLinear
+from fastlm.ops.quantized import QuantizedTensor
+from fastlm.reference.quantized import KINDS
+
+__all__ = ["DRAFT_TOKENS", "ModelDraft", "quantized_copy"]
+
+DRAFT_TOKENS = 3
+"""How many to guess unless told: with the token before them a tile of four rows."""
+
+
+class ModelDraft:
+    """Guesses by a model of the same vocabulary, for one request.
+
+    Args:
+        model: in eval mode.
+        params: the request's options, its seed among them; greedy if None.
+        sequence: of the request's random numbers.
+        max_length: tokens the draft can read; None: its own context. Beyond, it makes no guesses.
+
+    Raises:
+        ValueError: `max_length` is more than the model can have.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        params: SamplingParams | None = None,
+        *,
+        sequence: int = 0,
+        max_length: int | None = None,
+    ) -> None:
+        params = params or SamplingParams(temperature=0.0)
+        # It never ends by itself, and does not guess in its turn.
+        self._params = replace(params, max_new_tokens=2**31, stop=(), logprobs=False, draft_tokens=0)
+        self._sequence = sequence
+        self._room = max_length or model.config.context_length
+        self._engine = Engine(model, rows=1, max_length=self._room, rewritable=True)
+
+    def propose(self, ids: Sequence[int], count: int) -> list[int]:
+        """What the model would say next."""
+        if self._room is not None and len(ids) + count > self._room:
+            return []
+        engine = self._engine
+        if engine.active:
+            engine.rewrite(0, ids)
+        else:
+            engine.submit(ids, self._params, sequence=self._sequence)
+        guesses: list[int] = []
+        while len(guesses) < count:
+            guesses += [token.id for token in engine.step(count - len(guesses))]
+        return guesses
+
+
+def quantized_copy(model: CausalLM, kind: str) -> CausalLM:
+    """The same model with matrices quantised to `kind`, the head among them; it shares everything else.
+
+    Matrices whose rows are no multiple of the kind's blocks stay as they are.
+
+    Raises:
+        ValueError: `kind` is not one of GGUF's that fastlm knows.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"quantized_copy: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    block = KINDS[kind].block
+    held = [value for module in model.modules() for value in vars(module).values()]
+    shared = [*model.parameters(), *model.buffers(), *(value for value in held if isinstance(value, QuantizedTensor))]
+    small = copy.deepcopy(model, {id(thing): thing for thing in shared})
+    for name, module in list(small.named_modules()):
+        if isinstance(module, (Linear, QuantizedLinear)) and module.in_features % block == 0:
+            small.set_submodule(name, _quantized(module.weight, module.bias, kind))
+    if small.output is None and small.embedding.weight.shape[1] % block == 0:  # the embedding serves as the head
+        small.output = _quantized(small.embedding.weight, small.head_bias, kind)
+    return small.eval()
+
+
+def _quantized(weight: Tensor | QuantizedTensor, bias: Tensor | None, kind: str) -> QuantizedLinear:
+    plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight.detach()
+    return QuantizedLinear(QuantizedTensor.quantize(plain, kind), None if bias is None else bias.detach())
