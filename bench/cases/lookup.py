@@ -1,4 +1,4 @@
-"""Guessing ahead against plain decoding, both ours: from a text that repeats itself or not, and by a quantised copy."""
+"""Guessing ahead against plain decoding, both ours: from a text that repeats itself or not; by a quantised copy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DRAFTS = 7  # with the token before them two tiles of four rows
 
 
 def cases() -> Iterator[Case]:
-    """SmolLM2-135M: a prompt that the continuation repeats, one that leads anywhere; a copy that guesses for float32."""
+    """SmolLM2-135M: a prompt that the continuation repeats, one that leads anywhere; a copy that drafts for float32."""
     lm = fastlm.load(models.smollm2("Q4_1"))
     paragraph = pydoc_data.topics.topics["assert"][:900]
     open_ended = "The history of the steam engine begins"

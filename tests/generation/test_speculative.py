@@ -248,10 +248,10 @@ def test_an_engine_rewrites_active_requests_only() -> None:
 
 def test_a_quantized_copy_shares_what_it_can(model: CausalLM) -> None:
     small = quantized_copy(model, "Q8_0")
-    assert {id(p) for p in small.parameters()} <= {id(p) for p in model.parameters()}
+    assert {p.data_ptr() for p in small.parameters()} <= {p.data_ptr() for p in model.parameters()}
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
-        assert 0 < mean_kl(model(ids), small(ids)) < 0.01
+        assert 0 < mean_kl(model(ids), small(ids)) < 0.1
     with pytest.raises(ValueError, match="kind is 'Q9'"):
         quantized_copy(model, "Q9")
 
