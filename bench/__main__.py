@@ -1,7 +1,8 @@
 """`python -m bench cpu`: ours and the peers on the same weights and tokens, turn by turn, correctness first.
+`python -m bench gpu`: the same on a GPU. `python -m bench gpu-static`: GPU kernels as compiled, without one.
 
 Exit code 0: all gates green. 1: a gate is red, so that row has no figure. 2: a row's ratio fell since the last result
-of this machine. A peer that is not installed, or crashes, is a row that says so.
+of this machine. 3: there is no GPU. A peer that is not installed, or crashes, is a row that says so.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ _SUITES: dict[str, tuple[str, ...]] = {
         "dropin",
         "training_memory",
     ),
+    "gpu": ("gpu_attention", "gpu_attention_decode", "gpu_recurrent", "gpu_fused", "gpu_generate"),
 }
 _LONG = {"cpu": ("compiled", "nanogpt")}
-_PEERS = ("llama_cpp_python", "ctranslate2")
+_PEERS = {"gpu": ("triton", "flash-attn", "flashinfer-python", "liger-kernel")}
+_CPU_PEERS = ("llama_cpp_python", "ctranslate2")
 _QUICK_PAIRS = 3
 # Threads of an engine in another process spin on for some milliseconds after its turn (GCC's OpenMP: about 10).
 _SETTLE = 0.03
@@ -83,8 +86,11 @@ def _timed(case: Case, pairs: int) -> tuple[measure.Comparison, dict[str, Any]]:
     sides = {"ours": case.ours, "peer": case.peer}
     tasks = {name: side for name, side in sides.items() if isinstance(side, Task)}
     if not tasks:
-        result = measure.compare(case.ours, case.peer, pairs=pairs, seconds=case.seconds)
-        return result, {f"{name}_bytes": measure.grown_bytes(side) for name, side in sides.items()}
+        device = torch.device(case.device)
+        wait = measure.waiter(device)
+        result = measure.compare(case.ours, case.peer, pairs=pairs, seconds=case.seconds, wait=wait)
+        grown = measure.grown_bytes if wait is None else functools.partial(measure.device_peak, device=device)
+        return result, {f"{name}_bytes": grown(side) for name, side in sides.items()}
     known = {name: task.forget_peak() for name, task in tasks.items()}
     # A turn is one call: these take long enough.
     result = measure.compare(case.ours, case.peer, pairs=pairs, seconds=0, settle=_SETTLE)
@@ -93,7 +99,11 @@ def _timed(case: Case, pairs: int) -> tuple[measure.Comparison, dict[str, Any]]:
 
 
 def _reads(case: Case) -> float:
-    return 0.0 if case.moved is None else measure.read_bandwidth(case.resident or case.moved)
+    if case.moved is None:
+        return 0.0
+    if case.device != "cpu":
+        return _device_ceilings(case.device)["read_bytes_per_s"]
+    return measure.read_bandwidth(case.resident or case.moved)
 
 
 def _bound(case: Case, seconds: float, reads: float) -> dict[str, Any]:
@@ -102,9 +112,18 @@ def _bound(case: Case, seconds: float, reads: float) -> dict[str, Any]:
     if case.moved is None:
         return {}
     reads = max(reads, _reads(case))
-    needed = {"reads": case.moved / reads, "sgemm": (case.flops or 0.0) / _flop_per_s()}
+    if case.device != "cpu":
+        product, rate = "bf16 matmul", _device_ceilings(case.device)["flop_per_s"]
+    else:
+        product, rate = "sgemm", _flop_per_s()
+    needed = {"reads": case.moved / reads, product: (case.flops or 0.0) / rate}
     ceiling = max(needed, key=lambda name: needed[name])
     return {"reads_of_this_size_per_s": reads, "ceiling": ceiling, "ours_of_ceiling": needed[ceiling] / seconds}
+
+
+@functools.cache
+def _device_ceilings(device: str) -> dict[str, float]:
+    return measure.device_ceilings(torch.device(device))
 
 
 @functools.cache
@@ -125,20 +144,29 @@ def _rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield row | {"took_s": round(time.perf_counter() - start, 1)}
 
 
-def _record(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _machine(suite: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the figures depend on, with the ceilings measured in this run."""
+    if suite != "gpu":
+        ceilings = {"read_bytes_per_s": measure.read_bandwidth(), "flop_per_s": _flop_per_s()}
+        return facts["machine"] | {"isa": facts["isa"]["active"]} | ceilings
+    major, minor = torch.cuda.get_device_capability()
+    gpu = {"processor": torch.cuda.get_device_name(), "isa": f"sm_{major}{minor}", "cuda": torch.version.cuda}
+    return facts["machine"] | gpu | _device_ceilings("cuda")
+
+
+def _record(suite: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     facts = collect()
     versions = dict(facts["versions"])
-    for package in _PEERS:
+    for package in _PEERS.get(suite, _CPU_PEERS):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    ceilings = {"read_bytes_per_s": measure.read_bandwidth(), "flop_per_s": _flop_per_s()}
     return {
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions,
-        "machine": facts["machine"] | {"isa": facts["isa"]["active"]} | ceilings,
+        "machine": _machine(suite, facts),
         "environment": {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "GOMP_", "KMP_"))},
         "rows": rows,
     }
@@ -162,6 +190,14 @@ def main() -> int:
 
         return static.main(sys.argv[2:])
     arguments = _parse()
+    if arguments.suite == "gpu" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        print(
+            f"bench gpu: torch {torch.__version__} ({built}) finds no GPU here, so there is nothing to measure. "
+            "`python -m bench gpu-static` reports on the kernels without one.",
+            file=sys.stderr,
+        )
+        return 3
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     start = time.perf_counter()
@@ -169,7 +205,7 @@ def main() -> int:
     for row in _rows(arguments):
         rows.append(row)
         print(report.line(row), flush=True)
-    record = _record(rows)
+    record = _record(arguments.suite, rows)
     machine = record["machine"]
     # A part of the suite, or a quick one, is a result of its own: it never replaces that of a full run.
     part = "".join(f"-{word}" for word in (arguments.only, "quick" * arguments.quick) if word)
@@ -185,7 +221,7 @@ def main() -> int:
     print(f"\n{report.table(rows)}\n")
     print(
         f"{machine['processor']}, {machine['threads']} threads, {machine['isa']}, reads "
-        f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s, sgemm {machine['flop_per_s'] / 1e9:.0f} GFLOP/s; "
+        f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s, products {machine['flop_per_s'] / 1e9:.0f} GFLOP/s; "
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         + f". {time.perf_counter() - start:.0f} s. Written: {', '.join(map(str, written))}"
     )

@@ -31,6 +31,7 @@ class Case:
         resident: bytes of one pass, which decide from which cache they come; None: `moved`.
         flops: floating-point operations of one call.
         note: what a reader must know to reproduce the row.
+        device: where it runs: "cpu" or "cuda".
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     resident: float | None = None
     flops: float | None = None
     note: str = ""
+    device: str = "cpu"
 
     @property
     def returns_figure(self) -> bool:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Comparison",
     "compare",
     "compare_figures",
+    "device_ceilings",
+    "device_peak",
     "forget_peak",
     "grown_bytes",
     "matmul_rate",
     "peak_rss",
     "read_bandwidth",
+    "waiter",
 ]
 
 
@@ -34,19 +42,25 @@ class Comparison:
     pairs: int
 
 
-def _seconds_per_call(function: Callable[[], object], calls: int, settle: float = 0.0) -> float:
+def _seconds_per_call(
+    function: Callable[[], object], calls: int, settle: float = 0.0, wait: Callable[[], object] | None = None
+) -> float:
     time.sleep(settle)
+    if wait is not None:
+        wait()
     start = time.perf_counter()
     for _ in range(calls):
         function()
+    if wait is not None:
+        wait()
     return (time.perf_counter() - start) / calls
 
 
-def _calls_for(function: Callable[[], object], seconds: float) -> int:
-    function()  # warm up: caches, packed weights, thread pool
+def _calls_for(function: Callable[[], object], seconds: float, wait: Callable[[], object] | None = None) -> int:
+    function()  # warm up: caches, packed weights, thread pool, compiled kernels
     if not seconds:
         return 1
-    once = _seconds_per_call(function, 1)
+    once = _seconds_per_call(function, 1, wait=wait)
     return max(1, round(seconds / max(once, 1e-7)))
 
 
@@ -69,17 +83,19 @@ def compare(
     pairs: int = 7,
     seconds: float = 0.3,
     settle: float = 0.0,
+    wait: Callable[[], object] | None = None,
 ) -> Comparison:
     """Times the two in turn `pairs` times, each turn about `seconds` of calls (0: one call), who begins alternating.
 
     `settle` seconds are waited before each turn: the threads of an engine in another process go on spinning for some
-    milliseconds after their work, on the cores that the next one needs.
+    milliseconds after their work, on the cores that the next one needs. `wait` returns when a device has done what it
+    was given: it stands before and after each turn, not between the turn's calls, which queue up as they do in use.
     """
-    ours_calls, peer_calls = _calls_for(ours, seconds), _calls_for(peer, seconds)
+    ours_calls, peer_calls = _calls_for(ours, seconds, wait), _calls_for(peer, seconds, wait)
     times = []
     for pair in range(pairs):
         turns = [(ours, ours_calls), (peer, peer_calls)]
-        first, second = (_seconds_per_call(*turn, settle) for turn in (turns if pair % 2 == 0 else turns[::-1]))
+        first, second = (_seconds_per_call(*turn, settle, wait) for turn in (turns if pair % 2 == 0 else turns[::-1]))
         times.append((first, second) if pair % 2 == 0 else (second, first))
     return _summary(times)
 
@@ -108,6 +124,41 @@ def matmul_rate(size: int = 2048) -> float:
     left, right = torch.randn(2, size, size)
     _seconds_per_call(lambda: left @ right, 1)
     return 2 * size**3 / min(_seconds_per_call(lambda: left @ right, 1) for _ in range(4))
+
+
+def device_ceilings(device: torch.device, size: int = 8192) -> dict[str, float]:
+    """Bytes per second of a copy within the device's memory (read and written bytes counted), and FLOP/s of a square
+    bfloat16 matrix product."""
+    import torch
+
+    wait = waiter(device)
+    source = torch.empty(size * size * 4, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    left, right = torch.randn(2, size, size, device=device).to(torch.bfloat16)
+    found = []
+    for work in (lambda: target.copy_(source), lambda: left @ right):
+        calls = _calls_for(work, 0.05, wait)
+        found.append(min(_seconds_per_call(work, calls, wait=wait) for _ in range(4)))
+    return {"read_bytes_per_s": 2 * source.nbytes / found[0], "flop_per_s": 2 * size**3 / found[1]}
+
+
+def waiter(device: torch.device) -> Callable[[], object] | None:
+    """What waits for a device to finish; None for the CPU, which has when a call returns."""
+    import torch
+
+    return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
+
+
+def device_peak(function: Callable[[], object], device: torch.device) -> int | None:
+    """By how much one call raises the device's memory above what was allocated before; None on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _status_bytes(name: str) -> int | None:

@@ -85,7 +85,7 @@ def plot(record: dict[str, Any], target: Path) -> bool:
     low = min(row["flop_per_byte"] for row in rows) / 2
     high = max(2 * flops / reads, *(2 * row["flop_per_byte"] for row in rows))
     at = [low, flops / reads, high]
-    axes.plot(at, [min(flops, reads * x) / 1e9 for x in at], color="black", label="memory reads, sgemm")
+    axes.plot(at, [min(flops, reads * x) / 1e9 for x in at], color="black", label="memory reads, matrix product")
     for number, group in enumerate(sorted({row["group"] for row in rows})):
         colour = f"C{number % 10}"
         mine = [row for row in rows if row["group"] == group]

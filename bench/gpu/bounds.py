@@ -18,7 +18,8 @@ class Bound:
     Attributes:
         cycles: by unit, if it were the only one that took time.
         unit: the busiest.
-        of: what `share` is a share of: "tensor", the peak of 16-bit matrix products, or "memory", the bandwidth.
+        of: what `share` is a share of: "tensor", the peak of matrix products; "memory", the bandwidth; "fma", the peak
+            of float32, for products without a matrix instruction.
         share: of that peak where all units work at the same time as the busiest one: not to be exceeded.
         in_turns: the same where products (or memory), and all else at the pace of its own busiest unit, take turns:
             what a block reaches whose warps run in step.
@@ -41,7 +42,8 @@ def bound(chip: Chip, facts: Facts, work: Work) -> Bound:
     turns = 1.0
     if facts.matrix_flops and work.tensor_flops:
         turns = max(1.0, float(int(facts.matrix_flops / work.tensor_flops + 0.05)))
-    tensor = facts.weighted_flops or work.tensor_flops * turns
+    # tcgen05 does not say in the code what it multiplies.
+    tensor = (facts.weighted_flops or work.tensor_flops * turns) if facts.matrix else 0.0
     counts = facts.pipes
     read = max(facts.read_bytes, work.bytes * turns)
     cycles = {
@@ -53,17 +55,17 @@ def bound(chip: Chip, facts: Facts, work: Work) -> Bound:
         "shared": facts.shared_bytes / chip.shared_bytes,
         "L2": read / chip.l2_bytes,
     }
-    if not tensor:
-        # Without products nothing is read twice from the cache: all comes from memory.
+    if work.streamed or not work.tensor_flops:
         cycles["memory"] = (read + facts.written_bytes) / chip.dram_bytes
     cycles = {unit: round(value, 1) for unit, value in cycles.items() if value}
     unit = max(cycles, key=lambda name: cycles[name])
-    if tensor:
+    if "memory" in cycles and cycles["memory"] >= cycles.get("tensor", 0.0):
+        of, needed = "memory", cycles["memory"]
+    elif tensor:
         # Useful products at the rate of their precision, against the peak of that precision.
         slower = facts.weighted_flops / facts.matrix_flops if facts.matrix_flops else 1.0
-        needed = (work.tensor_flops * turns * slower or tensor) / chip.matrix_flops
+        of, needed = "tensor", (work.tensor_flops * turns * slower or tensor) / chip.matrix_flops
     else:
-        needed = cycles.get("memory", 0.0)
-    of = "tensor" if tensor else "memory"
+        of, needed = "fma", work.tensor_flops * turns / (2 * chip.ffma)
     others = [value for name, value in cycles.items() if name not in (of, "L2")]
-    return Bound(cycles, unit, of, needed / cycles[unit], needed / (cycles.get(of, 0.0) + max(others)))
+    return Bound(cycles, unit, of, needed / cycles[unit], needed / (cycles.get(of, 0.0) + max(others, default=0.0)))

@@ -256,6 +256,13 @@ def test_the_bound_by_hand() -> None:
     copy = facts(matrix_flops=0, weighted_flops=0, matrix=[], pipes={"global load": 4}, written_bytes=65536)
     memory = bounds.bound(chip, copy, Work())
     assert (memory.unit, memory.of) == ("memory", "memory")
+    # The same products on a cache that is read once: memory is what they wait for.
+    decode = bounds.bound(chip, facts(), Work(tensor_flops=4 * 128**3, streamed=True))
+    assert (decode.of, decode.unit, decode.share) == ("memory", "memory", 1.0)
+    # Without a matrix instruction, products are FMAs.
+    without = facts(matrix=[], matrix_flops=0, weighted_flops=0, pipes={"fma": 5120})
+    fma = bounds.bound(chip, without, Work(tensor_flops=2 * 128 * 128 * 64))
+    assert (fma.of, fma.unit, fma.share) == ("fma", "fma", pytest.approx(0.8))
     assert memory.cycles["memory"] == pytest.approx(131072 / (3352e9 / 1.83e9 / 132), rel=1e-3)
 
 

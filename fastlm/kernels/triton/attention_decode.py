@@ -494,5 +494,6 @@ def _shipped(
             tensor_flops=4 * m * n * sizes["PADDED"],
             exponentials=m * n + m,
             bytes=2 * n * dim * (1 if float8 else size),
+            streamed=True,
         ),
     )

@@ -243,5 +243,6 @@ def shipped() -> Iterator[Shipped]:
                     tensor_flops=2 * block_m * block_n * 32 * parts,
                     bytes=block_n * (size + (4 if kind == "Q4_1" else 2))
                     + block_m * 32 * (4 if dtype == "fp32" else 2),
+                    streamed=True,
                 ),
             )

@@ -26,6 +26,9 @@ class Work:
     """exp2 and other operations of the special-function unit."""
     bytes: float = 0.0
     """Bytes that it reads from global memory."""
+    streamed: bool = False
+    """Whether each of these bytes is read by one program alone (weights, a cache): they come from memory, not from L2.
+    Without matrix products that is taken for granted."""
 
 
 @dataclass(frozen=True)
