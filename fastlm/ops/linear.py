@@ -88,13 +88,17 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
     return None
 
 
-def _triton_run(input: Tensor, weight: QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
+def _triton_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
+    if not isinstance(weight, QuantizedTensor) or weight.kind not in _INTEGER_KINDS:
+        return _torch_run(input, weight, bias, compute)
     result: Tensor = _TRITON(input, *planes(weight.data, weight.kind), bias, weight.kind)
     return result
 
 
 def _triton_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> str | None:
     if not isinstance(weight, QuantizedTensor) or weight.kind not in _INTEGER_KINDS:
+        if forced_backend() == "triton":  # so that a whole model can run there
+            return _torch_why_not(input, weight, bias, compute)
         return "the weight is of plain floats: torch's matrix product reads it at full speed"
     if needs_grad(input, bias):
         return "a gradient is wanted"

@@ -172,7 +172,7 @@ def linear(
                 x, codes, scales, minima, bias, output, *common, BLOCK_N=block_n, BLOCK_K=128 // block_n, num_warps=4
             )
         else:
-            block_m, block_n = rows_tile(rows, outputs)
+            block_m, block_n = rows_tile(rows, outputs, x.element_size())
             grid = (triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n),)
             _rows[grid](
                 x,
@@ -196,10 +196,13 @@ def one_row_tile(outputs: int) -> int:
     return 16 if outputs > 16384 else 8 if outputs > 2048 else 4
 
 
-def rows_tile(rows: int, outputs: int) -> tuple[int, int]:
-    """Rows of input and outputs to a program: large tiles where there is work for all of a GPU."""
+def rows_tile(rows: int, outputs: int, element_size: int) -> tuple[int, int]:
+    """Rows of input and outputs to a program: large tiles where there is work for all of a GPU.
+
+    Of 64 by 128, with float32's parts, registers would overflow; eight warps read shared memory twice as often.
+    """
     block_m = min(max(16, triton.next_power_of_2(rows)), 64)
-    return block_m, 32 if outputs <= 4096 and rows <= 64 else 128 if block_m == 64 else 64
+    return block_m, 32 if outputs <= 4096 and rows <= 64 else 128 if block_m == 64 and element_size == 2 else 64
 
 
 def shipped() -> Iterator[Shipped]:
@@ -228,7 +231,7 @@ def shipped() -> Iterator[Shipped]:
             ("fp32", 8, 4096),
             ("fp32", 512, 4096),
         ):
-            block_m, block_n = rows_tile(rows, outputs)
+            block_m, block_n = rows_tile(rows, outputs, 4 if dtype == "fp32" else 2)
             floats = {"input": f"*{dtype}", "output": f"*{dtype}"}
             parts = 3 if dtype == "fp32" else 1
             yield Shipped(
