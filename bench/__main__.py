@@ -32,7 +32,7 @@ from fastlm.cli.info import collect
 # Modules of bench/cases, in the order they run. Long ones are asked for with --long.
 _SUITES: dict[str, tuple[str, ...]] = {
     "first": ("lstm_step", "sampling", "decode"),
-    "lstm": ("lstm_step", "lstm"),
+    "lstm": ("lstm_step", "lstm", "lstm_variants"),
     "cpu": (
         "decode",
         "batch",

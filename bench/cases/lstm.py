@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from bench.case import Case, require
 from fastlm import nn
 
-__all__ = ["cases"]
+__all__ = ["cases", "infer", "train"]
 
 # B, T, I, H, layers, whether lengths are spread evenly over 1..T, and the goals: forward, forward+backward.
 _SHAPES: tuple[tuple[int, int, int, int, int, bool, float, float], ...] = (
@@ -34,12 +34,13 @@ def _forward(module: torch.nn.Module, input: Tensor, lengths: Tensor | None) -> 
     return [output.data if isinstance(output, PackedSequence) else output, *states]
 
 
-def _infer(module: torch.nn.Module, input: Tensor, lengths: Tensor | None) -> list[Tensor]:
+def infer(module: torch.nn.Module, input: Tensor, lengths: Tensor | None) -> list[Tensor]:
+    """The results without gradients."""
     with torch.no_grad():
         return _forward(module, input, lengths)
 
 
-def _train(module: torch.nn.Module, input: Tensor, lengths: Tensor | None) -> list[Tensor]:
+def train(module: torch.nn.Module, input: Tensor, lengths: Tensor | None) -> list[Tensor]:
     """The results and the gradients of their sum, for weights that count as changed since the last time: as after an
     optimizer's step, nothing made of them may be used again."""
     for parameter in module.parameters():
@@ -74,7 +75,7 @@ def cases() -> Iterator[Case]:
         weights = 16.0 * hidden * hidden * layers  # of h, read at every step
         shape = f"B {batch}, T {steps}, I {inputs}, H {hidden}"
         shape += f", {layers} layers" * (layers > 1) + ", lengths 1..T" * ragged
-        works = (("LSTM forward", _infer, 1, 1), ("LSTM forward+backward", _train, 2, 3))
+        works = (("LSTM forward", infer, 1, 1), ("LSTM forward+backward", train, 2, 3))
         for (name, work, passes, products), goal in zip(works, goals, strict=True):
             yield Case(
                 name=name,

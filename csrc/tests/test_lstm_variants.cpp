@@ -161,9 +161,10 @@ void is_right(const Layer& l) {
          scratch = unwritten(fastlm::lstm_variant_backward_scratch(B, H, l.norm));
   fastlm::lstm_variant_backward({l.steps(), l.sizes.data(), H, variant, columns.data(), h0_dropped.data(), c0.data(),
                                  l.reverse, output.data(), given(dropped), gates.data(), cells.data(),
-                                 given(raw_hh), given(stats), g_output.data(), g_h.data(), g_c.data(), grad_gates.data(), given(grad_raw),
-                                 given(grad_ln_hh), given(grad_ln_c), given(grad_ln_c_bias), previous.data(),
-                                 grad_h0.data(), grad_c0.data(), scratch.data(), 2});
+                                 given(raw_hh), given(stats), g_output.data(), g_h.data(), g_c.data(),
+                                 grad_gates.data(), given(grad_raw), given(grad_ln_hh), given(grad_ln_c),
+                                 given(grad_ln_c_bias), previous.data(), grad_h0.data(), grad_c0.data(),
+                                 scratch.data(), 2});
   Variables v = {wide(bias), wide(h0), wide(c0)};
   const auto differences = [&](Doubles& variable) {
     Doubles grads;

@@ -1,0 +1,101 @@
+"""LSTM layers with layer normalisation, recurrent dropout and zoneout, and LSTMs in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.case import Case, require
+from bench.cases.lstm import infer, train
+from fastlm import nn, ops
+
+__all__ = ["cases"]
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "layer_norm": {"layer_norm": True},
+    "recurrent_dropout": {"recurrent_dropout": 0.3},
+    "zoneout": {"zoneout": 0.1},
+    "all three": {"layer_norm": True, "recurrent_dropout": 0.3, "zoneout": 0.1},
+}
+_SHAPES = ((1, 128, 512), (8, 128, 512), (32, 128, 256))  # B, T, I = H
+_BFLOAT_SHAPES = ((1, 1, 512), (1, 1, 1024), (1, 128, 512), (4, 64, 512))
+
+
+def _loop(module: nn.LSTM, input: Tensor, lengths: None) -> list[Tensor]:
+    """What one writes in PyTorch today: the same steps as PyTorch operations, one after the other."""
+    with ops.backend("reference"):
+        return train(module, input, lengths)
+
+
+def _agree(found: list[Tensor], want: list[Tensor], bound: float) -> None:
+    for position, (a, b) in enumerate(zip(found, want, strict=True)):
+        error = (a.double() - b.double()).abs().max()
+        require(bool(error <= bound * b.double().abs().max()), f"LSTM variant: result {position} is wrong")
+
+
+def _gate(module: nn.LSTM, input: Tensor) -> None:
+    torch.manual_seed(1)
+    want = _loop(module, input, None)
+    torch.manual_seed(1)  # the same noise
+    _agree(train(module, input, None), want, 1e-3)
+
+
+def _bfloat_gate(work: Callable[..., list[Tensor]], ours: nn.LSTM, wide: nn.LSTM, input: Tensor) -> None:
+    _agree(work(ours, input.bfloat16(), None), work(wide, input, None), 0.05)
+
+
+def _variants() -> Iterator[Case]:
+    for batch, steps, size in _SHAPES:
+        torch.manual_seed(0)
+        input = torch.randn(steps, batch, size)
+        plain = nn.LSTM(size, size)
+        for name, options in _VARIANTS.items():
+            module = nn.LSTM(size, size, **options)
+            shape = f"B {batch}, T {steps}, I {size}, H {size}, {name}"
+            peers = {"the loop in PyTorch": partial(_loop, module, input, None)}
+            peers["fastlm.nn.LSTM without"] = partial(train, plain, input, None)
+            for peer_name, peer in peers.items():
+                yield Case(
+                    name="LSTM variant forward+backward",
+                    shape=shape,
+                    peer_name=peer_name,
+                    gate=partial(_gate, module, input),
+                    ours=partial(train, module, input, None),
+                    peer=peer,
+                )
+
+
+def _bfloat() -> Iterator[Case]:
+    for batch, steps, size in _BFLOAT_SHAPES:
+        torch.manual_seed(0)
+        ours = nn.LSTM(size, size).bfloat16()
+        peer = torch.nn.LSTM(size, size).bfloat16()
+        peer.load_state_dict(ours.state_dict())
+        wide = nn.LSTM(size, size)
+        wide.load_state_dict(ours.state_dict())
+        input = torch.randn(steps, batch, size).bfloat16().float()
+        for name, work in (("forward", infer), ("forward+backward", train)):
+            if steps == 1 and work is train:
+                continue
+            for peer_name, module, given in (
+                ("torch.nn.LSTM, bfloat16", peer, input.bfloat16()),
+                ("fastlm.nn.LSTM, float32", wide, input),
+            ):
+                yield Case(
+                    name=f"LSTM bfloat16 {name}",
+                    shape=f"B {batch}, T {steps}, I {size}, H {size}",
+                    peer_name=peer_name,
+                    gate=partial(_bfloat_gate, work, ours, wide, input),
+                    ours=partial(work, ours, input.bfloat16(), None),
+                    peer=partial(work, module, given, None),
+                )
+
+
+def cases() -> Iterator[Case]:
+    """Variants against the loop in PyTorch and the plain layer; bfloat16 against torch's and float32."""
+    yield from _variants()
+    yield from _bfloat()
