@@ -13,6 +13,7 @@ from fastlm.checkpoints.gguf import load_gguf
 from fastlm.checkpoints.hf import load_hf, save_hf
 from fastlm.checkpoints.run import is_run, load_run, save_run
 from fastlm.checkpoints.weights import Checkpoint
+from fastlm.ops.checks import usable_device
 
 __all__ = [
     "Checkpoint",
@@ -40,18 +41,19 @@ def load(
     Args:
         path: the file or folder.
         dtype: None keeps the precision the weights are stored in, on native kernels; else trainable parameters of it.
-        device: where to put the weights; None: the CPU.
+        device: where to put the weights, "auto" for a GPU if there is one; None: the CPU.
         compute: "fast" (integer products where they pay) or "exact" (float32 against dequantised weights).
 
     Raises:
         CheckpointError: it is none of these, damaged, or holds a model that is not supported.
-        ValueError: `compute` is neither "fast" nor "exact", or `dtype` is no floating dtype.
+        ValueError: `compute` is neither "fast" nor "exact", `dtype` is no floating dtype, or torch can't use `device`.
     """
     path = Path(path)
     if compute not in ("fast", "exact"):
         raise ValueError(f"compute: {compute!r}, expected 'fast' or 'exact'")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: {dtype}, expected a floating dtype or None")
+    device = None if device is None else usable_device(device)
     if not path.exists():
         raise CheckpointError(path, "does not exist")
     loader: Callable[..., Checkpoint] = load_gguf

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlm.cli.common import DraftOption, KvOption, ModelOption, errors, load_model
+from fastlm.cli.common import DeviceOption, DraftOption, KvOption, ModelOption, errors, load_model
 
 if TYPE_CHECKING:
     from fastlm.generation.params import SamplingOptions
@@ -24,6 +24,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
     kv_dtype: KvOption = None,
     draft: DraftOption = None,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Talk with a model that has a chat template.
 
@@ -38,7 +39,7 @@ def chat(
         "seed": seed,
     }
     SamplingParams.of(**options)  # a wrong option is told before a model is loaded
-    language_model = load_model(model, kv_dtype=kv_dtype, draft=draft)
+    language_model = load_model(model, kv_dtype=kv_dtype, draft=draft, device=device)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     language_model.chat_prompt([*opening, {"role": "user", "content": "hello"}])  # fails now, not after typing

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXIT_ERROR",
+    "DeviceOption",
     "DraftOption",
     "EXIT_INTERRUPTED",
     "KvOption",
@@ -60,6 +61,11 @@ KvOption = Annotated[
 ]
 
 
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where the model runs; auto: a GPU if there is one.")
+]
+
+
 DraftOption = Annotated[
     str | None,
     typer.Option(
@@ -72,7 +78,11 @@ DraftOption = Annotated[
 
 
 def load_model(
-    model: str, compute: str = "fast", kv_dtype: KvDtype | None = None, draft: str | None = None
+    model: str,
+    compute: str = "fast",
+    kv_dtype: KvDtype | None = None,
+    draft: str | None = None,
+    device: str | None = None,
 ) -> LanguageModel:
     """`fastlm.load` for a command: says on stderr what it fetches, so that stdout holds the result alone."""
     import torch
@@ -85,7 +95,7 @@ def load_model(
 
         pull_with_progress(model)
     kind = None if kv_dtype is None else getattr(torch, kv_dtype.value)
-    return load(model, compute=compute, kv_dtype=kind, draft=draft)
+    return load(model, compute=compute, kv_dtype=kind, draft=draft, device=device)
 
 
 def run(app: Callable[[], None]) -> None:

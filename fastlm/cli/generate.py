@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlm.cli.common import DraftOption, KvOption, ModelOption, errors, load_model
+from fastlm.cli.common import DeviceOption, DraftOption, KvOption, ModelOption, errors, load_model
 
 if TYPE_CHECKING:
     from fastlm.generation.params import SamplingOptions
@@ -70,6 +70,7 @@ def generate(
     compute: Annotated[Compute, typer.Option(help="Arithmetic for quantised weights.")] = Compute.fast,
     kv_dtype: KvOption = None,
     draft: DraftOption = None,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Continue a prompt with a pretrained or trained model.
 
@@ -97,7 +98,7 @@ def generate(
     from fastlm.generation import SamplingParams
 
     SamplingParams.of(**options)  # a wrong option is told before a model is loaded
-    language_model = load_model(model, compute.value, kv_dtype, draft)
+    language_model = load_model(model, compute.value, kv_dtype, draft, device)
     if n == 1 and stream:
         pieces = language_model.stream(text, **options)
         if echo:

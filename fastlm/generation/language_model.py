@@ -250,7 +250,7 @@ def load(
     Args:
         name_or_path: an existing path, or a name that `fastlm pull` knows ("smollm2-135m"), fetched once and cached.
         dtype: convert the weights to this dtype; None keeps them as they are stored, quantised or not.
-        device: where to put the model; None is the CPU.
+        device: where to put the model, "auto" for a GPU if there is one; None is the CPU.
         compute: "fast" uses integer dot products on quantised weights where they pay; "exact" multiplies float32
             activations with dequantised weights.
         kv_dtype: what to keep keys and values in while generating: None for the model's dtype; torch.bfloat16 and

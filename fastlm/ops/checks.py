@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["describe", "expect_shape", "refuse"]
+__all__ = ["describe", "expect_shape", "refuse", "usable_device"]
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, "auto" being a GPU if there is one. ValueError: torch can't use it here, and why."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {str(device)!r} cannot be used: {error}") from error
+    return found
 
 
 def describe(tensor: Tensor) -> str:

@@ -18,6 +18,7 @@ from fastlm.data.tokenizer import Tokenizer
 from fastlm.data.tokens import Tokens
 from fastlm.evaluation.perplexity import TokenSource, as_tokens, evaluate, ids
 from fastlm.models.base import CausalLM
+from fastlm.ops.checks import usable_device
 from fastlm.training import optimisation, precision
 from fastlm.training import resume as checkpoint_files
 from fastlm.training.batches import CarriedBlocks, RandomBlocks
@@ -85,7 +86,7 @@ class Trainer:
         metadata: dict[str, Any] | None = None,
     ):
         self.config = config = config or TrainingConfig()
-        self.device = _device(config.device)
+        self.device = usable_device(config.device)
         self.model = model.to(self.device)
         self.folder = None if folder is None else Path(folder)
         self.tokenizer = tokenizer
@@ -365,17 +366,6 @@ class Trainer:
     def _each(self, event: str, *arguments: object) -> None:
         for callback in self._callbacks:
             getattr(callback, event)(*arguments)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used: {error}") from error
-    return device
 
 
 def _fingerprint(tokens: Tokens) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fastlm
 from fastlm import ops
 from fastlm.generation import Decoder, SamplingParams, engine
 from fastlm.generation.capture import CaptureError, Refused
@@ -20,6 +22,7 @@ from fastlm.generation.lanes import Lanes
 from fastlm.kernels import native
 from fastlm.models.base import CausalLM
 from fastlm.ops.attention_decode import ATTENTION_DECODE, _torch_run
+from fastlm.ops.checks import usable_device
 from fastlm.ops.registry import Implementation, always
 
 PROMPTS = [[1, 2, 3], [7], [5, 4, 3, 2, 1, 0, 9, 8, 7, 6], [11, 12]]
@@ -192,3 +195,11 @@ def test_without_a_device_sampler_the_cpu_samples() -> None:
     if not (native.CUDA.module is not None and torch.cuda.is_available()):
         assert sampling_device(torch.device("cuda")) == torch.device("cpu")
     assert sampling_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_a_device_that_torch_cannot_use_is_refused_by_name() -> None:
+    assert usable_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert usable_device("cpu") == torch.device("cpu")
+    for name in ("cuda:77", "nonsense"):
+        with pytest.raises(ValueError, match=f"device: '{name}' cannot be used"):
+            fastlm.load(Path(__file__).parent, device=name)
