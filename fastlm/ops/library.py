@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -71,27 +72,33 @@ def triton_why_not(*tensors: Tensor | None) -> str | None:
     They have to be on one CUDA (or ROCm) device. On a CPU kernels run in Triton's interpreter, thousands of times
     slower: for tests, where TRITON_INTERPRET=1 and `backend("triton")` ask for it.
     """
-    if not _TRITON:
-        return "triton is not installed (pip install fastlm[gpu])"
     device = next(t.device for t in tensors if t is not None)
+    interpreted = device.type == "cpu" and forced_backend() == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not _TRITON or (device.type != "cuda" and not interpreted):
+        return _no_triton()
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             return f"tensors are on {device} and {tensor.device}"
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
             return f"a {type(tensor).__name__}: the kernel takes plain tensors"
-    if device.type == "cpu" and forced_backend() == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        return _transform()
-    if device.type != "cuda":
-        return f"a tensor is on {device}" if torch.cuda.is_available() else "there is no CUDA device"
     return _transform()
+
+
+@cache
+def _no_triton() -> str:
+    """Asked in every call on a CPU: looking for a device is not for free."""
+    if not _TRITON:
+        return "triton is not installed (pip install fastlm[gpu])"
+    return "the tensors are not on a CUDA device" if torch.cuda.is_available() else "there is no CUDA device"
 
 
 def triton_float_why_not(*tensors: Tensor | None) -> str | None:
     """As `triton_why_not`, of kernels that take float32, float16 and bfloat16, one or several of them."""
-    for tensor in tensors:
+    reason = triton_why_not(*tensors)
+    for tensor in tensors if reason is None else ():
         if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"a tensor is {tensor.dtype}; the kernel takes float32, float16 and bfloat16"
-    return triton_why_not(*tensors)
+    return reason
 
 
 def triton_kernel(module: str, name: str) -> Callable[..., Any]:

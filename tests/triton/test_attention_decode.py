@@ -249,7 +249,7 @@ FAULTS = {
     "keys' scale forgotten": ("factor = factor * tl.load(key_scale + kv_head)", "factor = factor * 1.0"),
     "values' scale forgotten": ("acc = acc * tl.load(value_scale + kv_head)", "acc = acc * 1.0"),
     "values' scale of another head": ("tl.load(value_scale + kv_head)", "tl.load(value_scale)"),
-    "wrong page": ("position // page, mask", "position // page * 0, mask"),
+    "wrong page": ("position // PAGE, mask", "position // PAGE * 0, mask"),
     "table of another sequence": ("index + batch * stride_ib", "index"),
     "slopes of another head": ("batch * stride_slopes + head", "batch * stride_slopes + head * 0"),
     "slopes of another sequence": ("batch * stride_slopes", "0"),

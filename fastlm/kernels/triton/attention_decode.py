@@ -64,7 +64,6 @@ def _decode(
     window,
     tokens,
     capacity,
-    page,
     stride_qb,
     stride_qh,
     stride_qt,
@@ -84,6 +83,7 @@ def _decode(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,  # 0: one program takes all keys and writes the result itself
     CACHE: tl.constexpr,  # "own": row b; "rows": row index[b]; "pages"
+    PAGE: tl.constexpr,  # positions to a page: a constant, for by a variable every place is a division
     FLOAT8: tl.constexpr,  # "": none; "native"; "bits": bytes, widened by hand
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -133,8 +133,8 @@ def _decode(
         position = start + tl.arange(0, BLOCK_N)
         stored = (position >= low) & (position < end)
         if CACHE == "pages":
-            pages = tl.load(index + batch * stride_ib + position // page, mask=stored, other=0).to(tl.int64)
-            at = (position % page).to(tl.int64)
+            pages = tl.load(index + batch * stride_ib + position // PAGE, mask=stored, other=0).to(tl.int64)
+            at = (position % PAGE).to(tl.int64)
             k_at = keys + pages * stride_kr + at * stride_ks
             v_at = values + pages * stride_vr + at * stride_vs
         else:
@@ -351,7 +351,6 @@ def _launch(
         window or 0,
         tokens,
         capacity,
-        keys.shape[2],
         *query.stride()[:3],
         *keys.stride()[:3],
         *values.stride()[:3],
@@ -362,6 +361,7 @@ def _launch(
         DIM=dim,
         CHUNK=chunk,
         CACHE=kind,
+        PAGE=keys.shape[2] if kind == "pages" else 0,
         FLOAT8=float8,
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
@@ -459,6 +459,8 @@ def _shipped(
         "value_scale": "*fp32" if float8 else None,
     }
     signature = {name: kind for name, kind in pointers.items() if kind is not None}
+    # Triton takes an integer of 1 for a constant: the usual one new token, and rows that lie one after the other.
+    ones = [name for name, one in (("tokens", tokens == 1), ("stride_ib", cache == "rows")) if one]
     strides = [f"stride_{t}" for t in ("qb", "qh", "qt", "kr", "kh", "ks", "vr", "vh", "vs", "ib", "slopes")]
     m, n = sizes["BLOCK_M"], sizes["BLOCK_N"]
     return Shipped(
@@ -470,10 +472,10 @@ def _shipped(
             **signature,
             "factor": "fp32",
             "softcap": "fp32",
-            **dict.fromkeys(("window", "tokens", "capacity", "page"), "i32"),
-            **dict.fromkeys(strides, "i32"),
+            **dict.fromkeys((name for name in ("window", "tokens", "capacity", *strides) if name not in ones), "i32"),
         },
         constants={
+            **dict.fromkeys(ones, 1),
             **{name: None for name, kind in pointers.items() if kind is None},
             **sizes,
             "KV_HEADS": 8,
@@ -481,6 +483,7 @@ def _shipped(
             "DIM": dim,
             "CHUNK": chunk,
             "CACHE": cache,
+            "PAGE": 16 if cache == "pages" else 0,
             "FLOAT8": float8,
             "WINDOW": options,
             "SOFTCAP": options,
@@ -489,7 +492,7 @@ def _shipped(
         num_warps=warps,
         num_stages=stages,
         targets=targets,
-        divisible_by_16=(*signature, "capacity", "page", *strides[:-2]),
+        divisible_by_16=(*signature, "capacity", *strides[:-2]),
         work=Work(
             tensor_flops=4 * m * n * sizes["PADDED"],
             exponentials=m * n + m,
