@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "simd.h"
+#include "bfloat.h"
 #include "threads.h"
 
 namespace fastlm {
@@ -18,6 +18,18 @@ void add(const Add& a) {
     int64_t i = mine.begin;
     for (; i + kLanes <= mine.end; i += kLanes) store(a.output + i, load(a.a + i) + load(a.b + i));
     for (; i < mine.end; ++i) a.output[i] = a.a[i] + a.b[i];
+  });
+}
+
+void convert(const Convert& a) {
+  const int64_t useful = a.count / kWorthAThread;
+  parallel(useful < a.threads ? static_cast<int>(useful) : a.threads, [&](int thread, int threads, Barrier&) {
+    const Range mine = share(a.count, thread, threads, kLanes);
+    for (int64_t i = mine.begin; i < mine.end; i += kLanes)
+      if (a.to_bfloats)
+        At<true>::store(a.output, i, mine.end, At<false>::load(a.input, i, mine.end));
+      else
+        At<false>::store(a.output, i, mine.end, At<true>::load(a.input, i, mine.end));
   });
 }
 

@@ -27,6 +27,7 @@
   X(void, activation, (const Activation& a), (a))                                   \
   X(void, activation_backward, (const ActivationBackward& a), (a))                  \
   X(void, add, (const Add& a), (a))                                                 \
+  X(void, convert, (const Convert& a), (a))                                         \
   X(void, copy_rows, (const CopyRows& a), (a))                                      \
   X(void, kv_append, (const KvAppend& a), (a))                                      \
   X(void, offset, (const Offset& a), (a))                                           \

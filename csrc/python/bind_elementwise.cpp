@@ -66,6 +66,10 @@ void bind_elementwise(py::module_& m) {
     check(count >= 0 && threads >= 1, "add: count or threads out of range");
     launch(&add, {pointer<const float>(a), pointer<const float>(b), pointer<float>(output), count, threads});
   });
+  m.def("convert", [](address input, address output, int64_t count, bool to_bfloats, int threads) {
+    check(count >= 0 && threads >= 1, "convert: count or threads out of range");
+    launch(&convert, {pointer<const void>(input), pointer<void>(output), count, to_bfloats, threads});
+  });
   m.def("copy_rows", [](address source, int64_t source_rows, address source_index, address target,
                         int64_t target_rows, address target_index, int64_t rows, int64_t row_bytes) {
     check(row_bytes >= 0, "copy_rows: a negative size");

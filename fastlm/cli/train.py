@@ -52,7 +52,8 @@ def train(
         bool, typer.Option("--resume", help="Go on where the run in --out stopped, with the options it had.")
     ] = False,
     model: Annotated[
-        str, typer.Option(metavar="gpt|llama|lstm|gru|rnn|FILE.json", help="Architecture.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(metavar="gpt|modern|llama|lstm|gru|rnn|FILE.json", help="Architecture.", rich_help_panel=_MODEL),
     ] = "gpt",
     preset: Annotated[
         str,
@@ -96,7 +97,7 @@ def train(
         int | None, typer.Option(help="Slices to take a batch in, to save memory.", rich_help_panel=_STEPS)
     ] = None,
     optimizer: Annotated[
-        str | None, typer.Option(metavar="adamw|adam|sgd", help="Default: adamw.", rich_help_panel=_STEPS)
+        str | None, typer.Option(metavar="adamw|adam|sgd|muon", help="Default: by the model.", rich_help_panel=_STEPS)
     ] = None,
     momentum: Annotated[float | None, typer.Option(help="Of sgd.", rich_help_panel=_STEPS)] = None,
     lr: Annotated[

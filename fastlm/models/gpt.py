@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlm.models.base import CausalLM, ModelConfig, State, initialize
-from fastlm.nn.attention import Attention
+from fastlm.nn.attention import Attention, RotaryTables
 from fastlm.nn.linear import Linear
 from fastlm.nn.mlp import MLP
 from fastlm.nn.norm import LayerNorm
+from fastlm.nn.rotary import Rotary
 from fastlm.nn.state import KVCache, KVStep, Rows
 
 __all__ = ["GPT", "GPTConfig"]
@@ -20,7 +21,13 @@ __all__ = ["GPT", "GPTConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig(ModelConfig):
-    """Sizes of a GPT. The defaults are GPT-2's smallest; `intermediate_size` None is 4 * hidden_size."""
+    """Sizes of a GPT. The defaults are GPT-2's smallest; `intermediate_size` None is 4 * hidden_size.
+
+    Attributes:
+        rope_theta: rotary positions of this base in place of learned ones.
+        qk_norm: each query and key is normalised (Henry et al., 2020, https://arxiv.org/abs/2010.04245), which lets a
+            model learn at higher rates.
+    """
 
     architecture = "gpt"
     vocab_size: int = 50257
@@ -33,6 +40,8 @@ class GPTConfig(ModelConfig):
     bias: bool = True
     tie_embeddings: bool = True
     layer_norm_eps: float = 1e-5
+    rope_theta: float | None = None
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         self.expect_positive("vocab_size", "context_length", "num_layers", "num_heads", "hidden_size")
@@ -48,21 +57,27 @@ class GPTLayer(nn.Module):
         self.dropout = config.dropout
         self.attention_norm = LayerNorm(size, eps=config.layer_norm_eps, bias=bias)
         self.attention = Attention(
-            size, config.num_heads, fused=True, qkv_bias=bias, output_bias=bias, dropout=config.dropout
+            size,
+            config.num_heads,
+            fused=True,
+            qkv_bias=bias,
+            output_bias=bias,
+            dropout=config.dropout,
+            norm_eps=config.layer_norm_eps if config.qk_norm else None,
         )
         self.mlp_norm = LayerNorm(size, eps=config.layer_norm_eps, bias=bias)
         self.mlp = MLP(size, config.intermediate_size or 4 * size, bias=bias)
 
-    def forward(self, x: Tensor, step: KVStep | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTables | None, step: KVStep | None, layer: int) -> Tensor:
         """x [B, T, hidden_size] to the same."""
         x = x + functional.dropout(
-            self.attention(self.attention_norm(x), None, step, layer), self.dropout, self.training
+            self.attention(self.attention_norm(x), rotary, step, layer), self.dropout, self.training
         )
         return x + functional.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
 class GPT(CausalLM):
-    """Learned positions, layer norm before each block, fused query-key-value projection, GELU in its tanh form."""
+    """Learned or rotary positions, layer norm before each block, fused query-key-value projection, GELU (tanh form)."""
 
     config: GPTConfig
 
@@ -70,7 +85,9 @@ class GPT(CausalLM):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = nn.Embedding(config.context_length, config.hidden_size)
+        head_dim = config.hidden_size // config.num_heads
+        self.rotary = None if config.rope_theta is None else Rotary(head_dim, base=config.rope_theta)
+        self.positions = None if self.rotary else nn.Embedding(config.context_length, config.hidden_size)
         self.layers = nn.ModuleList(GPTLayer(config) for _ in range(config.num_layers))
         self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.bias)
         self.output = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -80,16 +97,17 @@ class GPT(CausalLM):
         self.check_ids(input_ids)
         batch, count = input_ids.shape
         step = None
-        if state is None:
-            positions = torch.arange(count, device=input_ids.device)
-        else:
+        if state is not None:
             assert isinstance(state, KVCache)
             step = state.step(batch, count, rows)
-            positions = step.positions()
-        x = self.embedding(input_ids) + self.positions(positions)
+        x, tables = self.embedding(input_ids), None
+        if self.rotary is not None:
+            tables = RotaryTables.of(self.rotary, count, step, x.device)
+        elif self.positions is not None:
+            x = x + self.positions(torch.arange(count, device=x.device) if step is None else step.positions())
         x = functional.dropout(x, self.config.dropout, self.training)
         for index, layer in enumerate(self.layers):
-            x = self.run_layer(layer, x, step, index)
+            x = self.run_layer(layer, x, tables, step, index)
         if state is not None:
             state.advance(count, rows)
         return self.norm(x)

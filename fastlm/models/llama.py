@@ -129,14 +129,10 @@ class Llama(CausalLM):
         batch, count = input_ids.shape
         x = self.embedding(input_ids)
         step = None
-        if state is None:
-            cos, sin = self.rotary.tables(torch.arange(count, device=x.device))
-            rotary = RotaryTables(cos, sin, self.config.rope_interleaved)
-        else:
+        if state is not None:
             assert isinstance(state, KVCache)
             step = state.step(batch, count, rows)
-            cos, sin = self.rotary.table(state.max_length, x.device)
-            rotary = RotaryTables(cos, sin, self.config.rope_interleaved, step.starts)
+        rotary = RotaryTables.of(self.rotary, count, step, x.device)
         for index, layer in enumerate(self.layers):
             x = self.run_layer(layer, x, rotary, step, index)
         if state is not None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.nn.linear import Linear, project
+from fastlm.nn.norm import RMSNorm
+from fastlm.nn.rotary import Rotary
 from fastlm.nn.state import KVStep
 
 __all__ = ["Attention", "RotaryTables"]
@@ -24,6 +27,13 @@ class RotaryTables(NamedTuple):
     interleaved: bool
     starts: Tensor | None = None
 
+    @classmethod
+    def of(cls, rotary: Rotary, count: int, step: KVStep | None, device: torch.device) -> RotaryTables:
+        """For the `count` first positions, or those of a step over a cache."""
+        if step is None:
+            return cls(*rotary.tables(torch.arange(count, device=device)), rotary.interleaved)
+        return cls(*rotary.table(step.cache.max_length, device), rotary.interleaved, step.starts)
+
 
 class Attention(nn.Module):
     """Causal self-attention (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762).
@@ -39,6 +49,7 @@ class Attention(nn.Module):
         qkv_bias, output_bias: whether the projections have biases.
         dropout: probability of dropping an attention weight in training.
         window: tokens each query sees, itself included; None: all.
+        norm_eps: each query and key goes through an RMS norm with this eps (before it is rotated); None: not.
 
     Raises:
         ValueError: the head counts do not divide.
@@ -56,6 +67,7 @@ class Attention(nn.Module):
         output_bias: bool = False,
         dropout: float = 0.0,
         window: int | None = None,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
@@ -75,6 +87,10 @@ class Attention(nn.Module):
             self.query = Linear(hidden_size, q_size, bias=qkv_bias)
             self.key = Linear(hidden_size, kv_size, bias=qkv_bias)
             self.value = Linear(hidden_size, kv_size, bias=qkv_bias)
+        self.norm_eps = norm_eps
+        self.query_norm = self.key_norm = None
+        if norm_eps is not None:
+            self.query_norm, self.key_norm = RMSNorm(head_dim, eps=norm_eps), RMSNorm(head_dim, eps=norm_eps)
         self.output = Linear(q_size, hidden_size, bias=output_bias)
 
     def forward(
@@ -83,9 +99,18 @@ class Attention(nn.Module):
         """x [B, T, hidden_size] to [B, T, hidden_size]; with a step, behind what layer `layer` of its cache holds."""
         batch, count, _ = x.shape
         dropout = self.dropout if self.training else 0.0
-        if self.fused and rotary is None and step is None:
-            heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
-            y = ops.packed_attention(self.qkv(x), **heads, causal=True, window=self.window, dropout_p=dropout)
+        if self.fused and step is None:
+            y = ops.packed_attention(
+                self.qkv(x),
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                causal=True,
+                window=self.window,
+                dropout_p=dropout,
+                norms=self._norm_weights(),
+                norm_eps=self.norm_eps or 0.0,
+                rotary=None if rotary is None else rotary[:3],
+            )
             return self.output(y)
         if self.fused:
             kv_size = self.num_kv_heads * self.head_dim
@@ -93,6 +118,8 @@ class Attention(nn.Module):
         else:
             q, k, v = project(x, self.query, self.key, self.value)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if rotary is not None:
             cos, sin, interleaved, starts = rotary
             q = ops.rotary(q, cos, sin, interleaved=interleaved, starts=starts)
@@ -105,6 +132,11 @@ class Attention(nn.Module):
         if count > 1:
             y = y.transpose(1, 2)
         return self.output(y.reshape(batch, count, self.num_heads * self.head_dim))
+
+    def _norm_weights(self) -> tuple[Tensor, Tensor] | None:
+        if self.query_norm is None or self.key_norm is None:
+            return None
+        return self.query_norm.weight, self.key_norm.weight
 
     def _heads(self, x: Tensor) -> Tensor:
         batch, count, size = x.shape

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastlm.kernels import native
 from fastlm.kernels.cpu import attention as kernel
+from fastlm.kernels.cpu.elementwise import convert
+from fastlm.kernels.cpu.norm import norm, norm_backward
+from fastlm.kernels.cpu.rotary import rotary as rotate
 from fastlm.ops.attention import attention
 from fastlm.ops.checks import describe
 from fastlm.ops.library import differentiable_once, needs_grad, opaque_kernel_why_not, tracing
 from fastlm.ops.registry import choosing
+from fastlm.ops.rms_norm import rms_norm
+from fastlm.ops.rotary import rotary as turn
+
+Rotary: TypeAlias = tuple[Tensor, Tensor, bool]
 
 __all__ = ["packed_attention"]
 
@@ -30,33 +37,66 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, packed: Tensor, heads: int, kv_heads: int, causal: bool, scale: float, window: int | None
+        ctx: Any,
+        packed: Tensor,
+        query_norm: Tensor | None,
+        key_norm: Tensor | None,
+        eps: float,
+        rotary: Rotary | None,
+        heads: tuple[int, int],
+        options: tuple[Any, ...],
     ) -> Tensor:
-        options = causal, None, scale, window, None, None
-        output, lse = kernel.attention(*_split(packed.float(), heads, kv_heads), *options, save=True)
-        ctx.save_for_backward(packed, output, lse)
-        ctx.options = heads, kv_heads, options
-        return output.transpose(1, 2).flatten(2).to(packed.dtype)
+        query, key, value = _split(convert(packed, torch.float32), *heads)
+        statistics: list[Tensor | None] = [None, None]
+        if query_norm is not None:
+            query, statistics[0] = norm(query, query_norm, None, eps, centre=False, save=True)
+            key, statistics[1] = norm(key, key_norm, None, eps, centre=False, save=True)
+        if rotary is not None:
+            query, key = rotate(query, *rotary, None), rotate(key, *rotary, None)
+        output, lse = kernel.attention(query, key, value, *options, save=True)
+        turned = (None, None) if query_norm is None and rotary is None else (query, key)
+        ctx.save_for_backward(packed, output, lse, *turned, query_norm, key_norm, *statistics)
+        ctx.rest = rotary, heads, options
+        return convert(output.transpose(1, 2).flatten(2), packed.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         differentiable_once("packed_attention")
-        packed, output, lse = ctx.saved_tensors
-        heads, kv_heads, options = ctx.options
-        inputs = packed.float()
-        grad = torch.empty_like(inputs)
-        grad_output = grad_output.float().unflatten(2, (heads, -1)).transpose(1, 2)
-        kernel.attention_backward(
-            grad_output, *_split(inputs, heads, kv_heads), output, lse, *options, out=_split(grad, heads, kv_heads)
-        )
-        return grad.to(packed.dtype), None, None, None, None, None
+        packed, output, lse, query, key, query_norm, key_norm, *statistics = ctx.saved_tensors
+        rotary, heads, options = ctx.rest
+        inputs = convert(packed, torch.float32)
+        given, grad = _split(inputs, *heads), torch.empty_like(inputs)
+        places = _split(grad, *heads)
+        plain = query is None
+        out = places if plain else (torch.empty_like(query), torch.empty_like(key), places[2])
+        grad_output = convert(grad_output, torch.float32).unflatten(2, (heads[0], -1)).transpose(1, 2)
+        first = given[:2] if plain else (query, key)
+        kernel.attention_backward(grad_output, *first, given[2], output, lse, *options, out=out)
+        norm_grads: list[Tensor | None] = [None, None]
+        for i, weight in enumerate(() if plain else (query_norm, key_norm)):
+            found = out[i]
+            if rotary is not None:  # turned back
+                cos, sin, interleaved = rotary
+                found = rotate(found, cos, -sin, interleaved, None)
+            if weight is not None:
+                found, norm_grads[i], _ = norm_backward(
+                    found, given[i], weight, statistics[i], centre=False, wants=(True, False)
+                )
+            places[i].copy_(found)
+        return convert(grad, packed.dtype), *norm_grads, None, None, None, None
 
 
-def _native(packed: Tensor, dropout_p: float) -> bool:
+def _native(packed: Tensor, norms: tuple[Tensor, Tensor] | None, rotary: Rotary | None, dropout_p: float) -> bool:
     if tracing() or dropout_p > 0 or not choosing() or not needs_grad(packed):
         return False
     dtype = torch.bfloat16 if packed.dtype is torch.bfloat16 else torch.float32
-    return packed.is_contiguous() and opaque_kernel_why_not(native.CPU, packed, dtypes=(dtype,)) is None
+    others = (*(norms or ()), *(rotary[:2] if rotary else ()))
+    return (
+        packed.is_contiguous()
+        and opaque_kernel_why_not(native.CPU, packed, dtypes=(dtype,)) is None
+        and opaque_kernel_why_not(native.CPU, *others) is None
+        and not (rotary and needs_grad(*rotary[:2]))
+    )
 
 
 def packed_attention(
@@ -68,6 +108,9 @@ def packed_attention(
     scale: float | None = None,
     window: int | None = None,
     dropout_p: float = 0.0,
+    norms: tuple[Tensor, Tensor] | None = None,
+    norm_eps: float = 1e-5,
+    rotary: Rotary | None = None,
 ) -> Tensor:
     """`attention` of the query, key and value that one projection gave, its result as the next projection takes it.
 
@@ -78,6 +121,8 @@ def packed_attention(
         num_heads: H.
         num_kv_heads: KVH, dividing H.
         causal, scale, window, dropout_p: as in `attention`.
+        norms: each query and key head goes through `rms_norm` with these weights, [D] each, and `norm_eps`.
+        rotary: cos, sin and interleaved as `ops.rotary` takes them; queries and keys are then rotated.
 
     Returns:
         [B, T, H D], in the dtype of `packed`.
@@ -92,10 +137,19 @@ def packed_attention(
         raise ValueError(f"packed_attention: packed is {describe(packed)}, expected floats [B, T, {every} D]")
     if window is not None and window < 1:
         raise ValueError(f"packed_attention: window is {window}, expected at least 1")
-    if _native(packed, dropout_p):
+    query_norm, key_norm = norms or (None, None)
+    if _native(packed, norms, rotary, dropout_p):
         scale = (packed.shape[2] // every) ** -0.5 if scale is None else scale
-        result: Tensor = _PackedAttention.apply(packed, num_heads, num_kv_heads, causal, scale, window)
+        options = causal, None, scale, window, None, None
+        result: Tensor = _PackedAttention.apply(
+            packed, query_norm, key_norm, norm_eps, rotary, (num_heads, num_kv_heads), options
+        )
         return result
     query, key, value = _split(packed, num_heads, num_kv_heads)
+    if norms is not None:
+        query, key = rms_norm(query, query_norm, eps=norm_eps), rms_norm(key, key_norm, eps=norm_eps)
+    if rotary is not None:
+        cos, sin, interleaved = rotary
+        query, key = (turn(x, cos, sin, interleaved=interleaved) for x in (query, key))
     output = attention(query, key, value, causal=causal, scale=scale, window=window, dropout_p=dropout_p)
     return output.transpose(1, 2).flatten(2)

@@ -19,6 +19,7 @@ from fastlm.ops.library import (
     triton_kernel,
     triton_why_not,
 )
+from fastlm.ops.linear_mixed import is_mixed, mixed_linear
 from fastlm.ops.quantized import QuantizedTensor
 from fastlm.ops.registry import Implementation, Op, always, choosing, forced_backend
 from fastlm.reference import linear as reference
@@ -236,6 +237,8 @@ def linear(
             columns = weight.shape[1]
             return _quantized_linear(input, weight.data, weight.kind, columns, weight.layout, bias, compute)
         return _linear(input, weight, bias)
+    if not isinstance(weight, QuantizedTensor) and is_mixed(input, weight, bias):
+        return mixed_linear(input, weight, bias)
     return LINEAR(input, weight, bias, compute)
 
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Optimizer = Literal["adamw", "adam", "sgd"]
+Optimizer = Literal["adamw", "adam", "sgd", "muon"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 _CHOICES = {
-    "optimizer": ("adamw", "adam", "sgd"),
+    "optimizer": ("adamw", "adam", "sgd", "muon"),
     "schedule": ("cosine", "linear", "constant"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
 }
@@ -33,6 +33,7 @@ class TrainingConfig:
     """
 
     optimizer: Optimizer = "adamw"
+    """muon: `fastlm.training.Muon` for the weight matrices, AdamW for embeddings, output layer, biases and norms."""
     learning_rate: float = 1e-3
     min_learning_rate: float | None = None
     """Where cosine and linear decay end; None means a tenth of `learning_rate`."""
@@ -40,7 +41,7 @@ class TrainingConfig:
     schedule: Schedule = "cosine"
     betas: tuple[float, float] = (0.9, 0.99)
     momentum: float = 0.9
-    """SGD only."""
+    """SGD only; Muon's is 0.95."""
     nesterov: bool = False
     """SGD only."""
     weight_decay: float = 0.1

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.training.config import TrainingConfig
+from fastlm.training.muon import Muon
+from fastlm.training.precision import cpu_has_fast_bfloat16
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -25,15 +27,36 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
+def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """`parameter_groups`, the matrices of hidden layers apart, for Muon: an output layer is none of them, its rows
+    being tokens as an embedding's are."""
+    output = getattr(model, "output", None)
+    head = {id(parameter) for parameter in output.parameters()} if isinstance(output, nn.Module) else set()
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    apart = embeddings | head
+    hidden = [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in apart]
+    groups = parameter_groups(model, weight_decay)
+    taken = {id(p) for p in hidden}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in taken]
+    groups.append({"params": hidden, "weight_decay": weight_decay, "muon": True})
+    return [group for group in groups if group["params"]]
+
+
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """The optimiser of `config` over `parameter_groups`, in torch's fused form (one pass over all parameters)."""
-    groups = parameter_groups(model, config.weight_decay)
+    groups = (muon_groups if config.optimizer == "muon" else parameter_groups)(model, config.weight_decay)
     if not groups:
         raise ValueError("model: no parameter requires a gradient, expected at least one")
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True
         )
+    if config.optimizer == "muon":
+        device = groups[0]["params"][0].device
+        fast = cpu_has_fast_bfloat16() if device.type == "cpu" else torch.cuda.is_bf16_supported(False)
+        dtype = torch.bfloat16 if fast else torch.float32
+        return Muon(groups, lr=config.learning_rate, betas=config.betas, dtype=dtype)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 

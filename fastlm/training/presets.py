@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 Preset = Literal["tiny", "small", "medium", "large"]
 PRESETS: tuple[Preset, ...] = ("tiny", "small", "medium", "large")
-MODELS = ("gpt", "llama", "lstm", "gru", "rnn")
+MODELS = ("gpt", "modern", "llama", "lstm", "gru", "rnn")
 _CELLS = {"lstm": "lstm", "gru": "gru", "rnn": "tanh"}
 
 # (layers, heads, width, context). gpt medium is GPT-2's smallest; small is nanoGPT's for Shakespeare by characters.
@@ -22,6 +22,18 @@ _ATTENTION = {
 # (layers, width, embedding). medium and large: Zaremba et al. 2014's medium, Merity et al. 2017's AWD-LSTM.
 _RECURRENT = {"tiny": (1, 256, 256), "small": (2, 512, 256), "medium": (2, 650, 650), "large": (3, 1150, 400)}
 _LEARNING_RATE = {"tiny": 2e-3, "small": 1e-3, "medium": 6e-4, "large": 3e-4}
+
+# Muon takes higher rates than AdamW and needs next to no warm-up. A rate that falls in a straight line to zero does best
+# (Bergsma et al., 2025, https://arxiv.org/abs/2502.15938). What was tried: docs/performance.md.
+_MUON = {
+    "optimizer": "muon",
+    "learning_rate": 6e-3,
+    "min_learning_rate": 0.0,
+    "schedule": "linear",
+    "warmup_steps": 10,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.95),
+}
 
 
 def model_config(
@@ -39,7 +51,9 @@ def model_config(
     """A configuration for `fastlm.models.build`.
 
     Args:
-        model: "gpt", "llama", "lstm", "gru", "rnn", or a JSON file with a configuration; the file's `vocab_size` may
+        model: "gpt", "modern" (a GPT with rotary positions, normalised queries and keys, an output layer of its own and
+            no biases: with `training_defaults` it reaches a loss in a fraction of a gpt's steps), "llama", "lstm",
+            "gru", "rnn", or a JSON file with a configuration; the file's `vocab_size` may
             be missing, and no size may be given besides.
         preset: the sizes to start from.
         vocab_size: the tokenizer's.
@@ -74,15 +88,16 @@ def model_config(
     if width % heads:
         raise ValueError(f"heads: {heads}, expected a divisor of width ({width})")
     config = {
-        "architecture": model,
+        "architecture": "gpt" if model == "modern" else model,
         "vocab_size": vocab_size,
         "context_length": context or default_context,
         "num_layers": layers or default_layers,
         "num_heads": heads,
         "hidden_size": width,
     }
-    if model == "gpt":
-        return {**config, "dropout": 0.0 if dropout is None else dropout}
+    if model in ("gpt", "modern"):
+        modern = {"bias": False, "tie_embeddings": False, "rope_theta": 10000.0, "qk_norm": True}
+        return {**config, "dropout": dropout or 0.0, **(modern if model == "modern" else {})}
     _refuse(given, ("dropout",), model)
     # SwiGLU has three matrices: 8/3 of the width keeps the parameters of the usual two at 4 (Shazeer 2020).
     return {**config, "num_kv_heads": heads, "intermediate_size": -(-width * 8 // 3 // 64) * 64}
@@ -93,7 +108,8 @@ def training_defaults(config: Mapping[str, Any], preset: Preset) -> dict[str, An
     rate = _LEARNING_RATE[preset]
     if config["architecture"] == "recurrent":
         return {"learning_rate": 1.5 * rate, "block_length": 64, "batch_size": 16}
-    return {"learning_rate": rate, "block_length": min(int(config["context_length"]), 256), "batch_size": 16}
+    defaults = {"learning_rate": rate, "block_length": min(int(config["context_length"]), 256), "batch_size": 16}
+    return {**defaults, **_MUON} if config.get("qk_norm") else defaults
 
 
 def _refuse(given: Mapping[str, Any], names: tuple[str, ...], model: str) -> None:

@@ -30,6 +30,7 @@ SIZES = {"vocab_size": VOCAB, "context_length": 32, "num_layers": 3, "num_heads"
 CONFIGS: dict[str, ModelConfig] = {
     "gpt": GPTConfig(**SIZES),
     "gpt-untied-no-bias": GPTConfig(**SIZES, bias=False, tie_embeddings=False, intermediate_size=56),
+    "gpt-rotary-qk-norm": GPTConfig(**SIZES, bias=False, tie_embeddings=False, rope_theta=1000.0, qk_norm=True),
     "llama": LlamaConfig(**SIZES, intermediate_size=80),
     "llama-gqa-tied": LlamaConfig(
         **SIZES, intermediate_size=80, num_kv_heads=2, head_dim=16, tie_embeddings=True, rope_interleaved=True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,6 +52,67 @@ def test_agrees_with_the_reference(
     packed = torch.randn(batch, tokens, (heads + 2 * kv_heads) * dim).to(dtype)
     upstream = torch.randn(batch, tokens, heads * dim).to(dtype)
     compare(run(packed, upstream, heads, kv_heads, window), packed, upstream, heads, kv_heads, window)
+
+
+class Turned:
+    """Normalised and rotated queries and keys, as a model's attention has them."""
+
+    def __init__(self, tokens: int, dim: int, *, norms: bool, rotary: bool, interleaved: bool) -> None:
+        self.weights = [torch.randn(dim) + 1 for _ in range(2 * norms)]
+        angles = torch.arange(tokens)[:, None] * 0.3 / torch.arange(1, dim // 4 + 1)
+        self.rotary = (angles.cos(), angles.sin(), interleaved) if rotary else None
+
+    def run(self, packed: Tensor, upstream: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """The output, and the gradients of the projection and of the norms' weights."""
+        leaves = [packed.detach().requires_grad_(), *(w.to(dtype).requires_grad_() for w in self.weights)]
+        tables = None if self.rotary is None else (*(t.to(dtype) for t in self.rotary[:2]), self.rotary[2])
+        y = ops.packed_attention(
+            leaves[0],
+            num_heads=4,
+            num_kv_heads=2,
+            causal=True,
+            norms=tuple(leaves[1:]) or None,  # type: ignore[arg-type]
+            norm_eps=0.1,
+            rotary=tables,
+        )
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+    def compare(self, found: list[Tensor], packed: Tensor, upstream: Tensor) -> None:
+        with ops.backend("torch"):
+            same = self.run(packed.float(), upstream.float())
+        with ops.backend("reference"):
+            exact = self.run(packed.double(), upstream.double(), torch.float64)
+        for a, b, c in zip(found, same, exact, strict=True):
+            # bfloat16 in, bfloat16 out, floats between: results are those of floats, rounded.
+            assert_close_to_reference(a, b.to(a.dtype), c, floor=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("norms", "rotary", "interleaved"), [(True, False, False), (False, True, True), (True, True, False)]
+)
+def test_normalised_and_rotated(dtype: torch.dtype, norms: bool, rotary: bool, interleaved: bool, isa: str) -> None:
+    case = Turned(37, 16, norms=norms, rotary=rotary, interleaved=interleaved)
+    packed, upstream = torch.randn(2, 37, 8 * 16).to(dtype), torch.randn(2, 37, 4 * 16).to(dtype)
+    case.compare(case.run(packed, upstream), packed, upstream)
+
+
+@needs_native
+@pytest.mark.parametrize("fault", ["not normalised", "not rotated", "turned the other way"])
+def test_planted_faults_in_what_comes_before_are_found(fault: str) -> None:
+    case = Turned(37, 16, norms=True, rotary=True, interleaved=False)
+    packed, upstream = torch.randn(2, 37, 8 * 16), torch.randn(2, 37, 4 * 16)
+    wrong = copy.copy(case)
+    assert case.rotary is not None
+    cos, sin, _ = case.rotary
+    if fault == "not normalised":
+        wrong.weights = [w.roll(1) for w in case.weights]
+    else:
+        wrong.rotary = None if fault == "not rotated" else (cos, -sin * torch.linspace(1, 2, 4), False)
+    case.compare(case.run(packed, upstream), packed, upstream)
+    with pytest.raises(AssertionError):
+        case.compare(wrong.run(packed, upstream), packed, upstream)
 
 
 @needs_native

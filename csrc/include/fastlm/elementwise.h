@@ -1,4 +1,4 @@
-// The small moves between a decode step's larger kernels, as kernels of their own so that a replay needs no Python.
+// The small moves between larger kernels, as kernels of their own so that the replay of a decode step needs no Python.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,16 @@ struct Add {
   int threads;
 };
 void add(const Add& args);
+
+// output[i] = input[i] as the other of float and bfloat16 (rounded to nearest even).
+struct Convert {
+  const void* input;  // [count], bfloat16 where output is float
+  void* output;       // [count], overlaps nothing
+  int64_t count;
+  bool to_bfloats;
+  int threads;
+};
+void convert(const Convert& args);
 
 // Rows of `row_bytes` bytes from one array to another: target row target_index[i] = source row source_index[i]; an
 // index may be null: i. Rows of the target are distinct, and no array overlaps another.

@@ -1,4 +1,4 @@
-"""The small native kernels of a decode step: csrc/include/fastlm/elementwise.h and kv_append.h."""
+"""The small native kernels between larger ones: csrc/include/fastlm/elementwise.h and kv_append.h."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlm.kernels import native
 
-__all__ = ["KV_TYPES", "add", "copy_rows", "kv_append", "offset"]
+__all__ = ["KV_TYPES", "add", "convert", "copy_rows", "kv_append", "offset"]
 
 KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """The dtypes of a key-value cache and their numbers in csrc/include/fastlm/kv_append.h."""
@@ -20,6 +20,18 @@ def _address(tensor: Tensor | None) -> int:
 def add(a: Tensor, b: Tensor, output: Tensor) -> None:
     """output = a + b: contiguous float32 of one size; the output may be one of them."""
     native.CPU.require().add(a.data_ptr(), b.data_ptr(), output.data_ptr(), a.numel(), native.num_threads())
+
+
+def convert(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """`input`, float32 or bfloat16, in the other of these dtypes, contiguous; itself where it has that dtype."""
+    if input.dtype is dtype:
+        return input
+    source = input.contiguous()
+    output = torch.empty_like(source, dtype=dtype)
+    native.CPU.require().convert(
+        source.data_ptr(), output.data_ptr(), source.numel(), dtype is torch.bfloat16, native.num_threads()
+    )
+    return output
 
 
 def copy_rows(
