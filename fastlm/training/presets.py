@@ -23,11 +23,11 @@ _ATTENTION = {
 _RECURRENT = {"tiny": (1, 256, 256), "small": (2, 512, 256), "medium": (2, 650, 650), "large": (3, 1150, 400)}
 _LEARNING_RATE = {"tiny": 2e-3, "small": 1e-3, "medium": 6e-4, "large": 3e-4}
 
-# Muon takes higher rates than AdamW and needs next to no warm-up. A rate that falls in a straight line to zero does best
+# Muon takes higher rates than AdamW and needs next to no warm-up; a rate that falls in a line to zero does best
 # (Bergsma et al., 2025, https://arxiv.org/abs/2502.15938). What was tried: docs/performance.md.
 _MUON = {
     "optimizer": "muon",
-    "learning_rate": 6e-3,
+    "learning_rate": 1e-2,
     "min_learning_rate": 0.0,
     "schedule": "linear",
     "warmup_steps": 10,
