@@ -239,6 +239,8 @@ def _shipped(
         flops = 2.0 * tile * d * sum(_PRODUCTS[table])
         work = Work(tensor_flops=flops, exponentials=tile, bytes=2 * read * d * _BYTES[dtype])
     name = f"{kernel.__name__} {dtype} d{d}{' causal' if causal else ''} {' '.join(targets)}"
+    # What decides the forward's speed; small blocks of the others may do without.
+    must = ("wgmma", "tcgen05") if table == "forward" and dtype != "fp32" and d <= 128 else ()
     return Shipped(
-        name, kernel, signature, constants, config.num_warps, config.num_stages, targets, tuple(aligned), work
+        name, kernel, signature, constants, config.num_warps, config.num_stages, targets, tuple(aligned), work, must
     )
