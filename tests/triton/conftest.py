@@ -7,6 +7,7 @@ need no special case.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,8 @@ def _mended_interpreter() -> Iterator[None]:
         return call_before(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
+        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)  # a quarter
+        patch.setattr(interpreter.interpreter_builder, "options", options)
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         patch.setattr(interpreter, "_convert_float", convert)
         patch.setattr(builder, "create_dot", dot)

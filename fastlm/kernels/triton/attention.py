@@ -24,9 +24,10 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _precision(tensor: Tensor) -> str:
-    """How matrix units multiply: three products of TF32 are as good as one of float32, and faster."""
-    if tensor.dtype is not torch.float32 or torch.version.hip:
+def _precision(tensor: Tensor, features: int) -> str:
+    """How float32 is multiplied: three products of TF32 are as good as one of float32 and faster, while registers hold
+    the parts."""
+    if tensor.dtype is not torch.float32 or torch.version.hip or features > 128:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
@@ -77,7 +78,7 @@ class _Arguments:
             "DV": value.shape[-1],
             "BLOCK_D": max(16, triton.next_power_of_2(dim)),
             "BLOCK_DV": max(16, triton.next_power_of_2(value.shape[-1])),
-            "PRECISION": _precision(query),
+            "PRECISION": _precision(query, self.features),
         }
 
     def layout(self, name: str, tensor: Tensor) -> dict[str, int]:
@@ -199,7 +200,7 @@ def shipped() -> Iterator[Shipped]:
         targets: dict[tuple[Config, str], list[str]] = {}
         for target, known in CONFIGS.items():
             config = known[_TABLE[kernel], _BYTES[dtype]][(64, 128, 256).index(d)] if kernel in _TABLE else _DELTA
-            precision = "tf32x3" if dtype == "fp32" and target.startswith("sm") else "ieee"
+            precision = "tf32x3" if dtype == "fp32" and d <= 128 and target.startswith("sm") else "ieee"
             targets.setdefault((config, precision), []).append(target)
         for (config, precision), which in targets.items():
             yield _shipped(kernel, dtype, d, causal, config, precision, tuple(which))
