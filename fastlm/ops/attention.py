@@ -139,12 +139,17 @@ def _triton_run(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Ten
 
 def triton_why_not(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> str | None:
     o = Options(*options)
+    features = max(query.shape[-1], value.shape[-1])
     return library.triton_why_not(query, key, value, o.mask, o.alibi_slopes, o.sinks) or refuse(
         (
             query.dtype not in (torch.float32, torch.float16, torch.bfloat16),
             f"{query.dtype}: the kernel takes float32, float16 and bfloat16",
         ),
-        (max(query.shape[-1], value.shape[-1]) > 256, "more than 256 features a head"),
+        (features > 256, "more than 256 features a head"),
+        (
+            features > 128 and query.dtype is torch.float32 and needs_grad(query, key, value, o.sinks),
+            "float32 gradients of more than 128 features a head: registers do not hold them",
+        ),
         (not o.scale > 0, f"scale is {o.scale}: the kernel wants it above 0"),
         (needs_grad(o.mask, o.alibi_slopes), "a gradient of the mask or the slopes is wanted"),
         (_empty(query, key, value), "an empty query, key or value"),

@@ -72,6 +72,7 @@ def test_dropout_depends_on_the_seed_and_the_place_alone(device: str, monkeypatc
         assert not torch.equal(heads[0], heads[1])
     if device == "cpu":
         monkeypatch.setattr(attention_config, "_INTERPRETED", Config(128, 32, 4, 1))  # packs the heads of a group
+        monkeypatch.setattr(attention_config, "_chosen", {})
         assert torch.equal(weights(1) != 0, kept)
 
 
@@ -117,6 +118,8 @@ def test_refusals(device: str) -> None:
 
     refused("float64: the kernel takes float32, float16 and bfloat16", *(t.double() for t in (query, key, value)))
     refused("more than 256 features", *(t.repeat(1, 1, 1, 17) for t in (query, key, value)))
+    wide = [t.repeat(1, 1, 1, 9).requires_grad_() for t in (query, key, value)]
+    refused("float32 gradients of more than 128 features", *wide)
     refused("scale is -1.0", query, key, value, scale=-1.0)
     refused("empty", query[:0], key[:0], value[:0])
     refused("gradient of the mask", query, key, value, mask=torch.randn(3, 3, device=device, requires_grad=True))
@@ -127,3 +130,26 @@ def test_refusals(device: str) -> None:
         grad = torch.autograd.grad(ops.attention(query, key, value).sum(), query, create_graph=True)[0]
     with pytest.raises(NotImplementedError, match=r"fastlm.backend\('reference'\)"):
         torch.autograd.grad(grad.sum(), query)
+
+
+def test_tiles_shrink_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    monkeypatch.setattr(attention_config, "_INTERPRETED", Config(128, 64, 8, 3))
+    monkeypatch.setattr(attention_config, "_chosen", {})
+    tried: list[Config] = []
+
+    def run(config: Config, room: int = 100) -> None:
+        tried.append(config)
+        if config.block_n * config.num_stages > room:
+            raise OutOfResources(0, 0, "shared memory")
+
+    query = torch.zeros(1)
+    attention_config.run_best("forward", query, 64, "a mask", run)
+    assert tried == [Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 64, 8, 1)]
+    attention_config.run_best("forward", query, 64, "a mask", run)
+    assert tried[3:] == [Config(128, 64, 8, 1)]  # remembered
+    attention_config.run_best("forward", query, 64, "another", lambda config: run(config, 20))
+    assert tried[-1] == Config(32, 16, 8, 1)
+    with pytest.raises(RuntimeError, match="no tiles of forward fit"):
+        attention_config.run_best("forward", query, 64, "a third", lambda config: run(config, 0))

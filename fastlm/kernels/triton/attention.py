@@ -80,6 +80,9 @@ class _Arguments:
             "BLOCK_DV": max(16, triton.next_power_of_2(value.shape[-1])),
             "PRECISION": _precision(query, self.features),
         }
+        # What, besides, decides how much memory a block needs.
+        absent = (option is None for option in (slopes, o.seed, o.window, o.softcap))
+        self.variant = (None if mask is None else mask.dtype, *absent, bool(o.causal), dim, value.shape[-1])
 
     def layout(self, name: str, tensor: Tensor) -> dict[str, int]:
         """The strides of batch, head and position under the kernels' names for them."""
@@ -134,7 +137,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, o: Options) -> tuple[Te
         call.launch(attention_forward, config, blocks * call.batch * call.heads // together, PACK=pack)
 
     with _on(query):
-        run_best("forward", query, call.features, run)
+        run_best("forward", query, call.features, call.variant, run)
     return output, lse
 
 
@@ -176,8 +179,8 @@ def attention_backward(
 
     with _on(query):
         call.launch(attention_delta, _DELTA, triton.cdiv(call.queries, _DELTA.block_m) * heads)
-        run_best("grad_key_value", query, call.features, of_keys)
-        run_best("grad_query", query, call.features, of_queries)
+        run_best("grad_key_value", query, call.features, call.variant, of_keys)
+        run_best("grad_query", query, call.features, call.variant, of_queries)
     grad_sinks = None
     if o.sinks is not None:
         share = torch.exp(o.sinks.float()[:, None] - lse) * delta  # of [B,] H, T
@@ -187,19 +190,25 @@ def attention_backward(
 
 
 def shipped() -> Iterator[Shipped]:
-    """The defaults of every architecture for heads of 64, 128 and 256 features, causal; some otherwise."""
-    plain = [(dtype, d, True) for dtype in ("bf16", "fp32") for d in (64, 128, 256)]
+    """The defaults of every architecture for heads of 64, 128 and 256 features, causal; one not."""
+    sizes = (64, 128, 256)
+    half = [("bf16", d, True) for d in sizes]
+    of_forward = [
+        *half,
+        *(("fp32", d, True) for d in sizes),
+        ("fp16", 64, True),
+        ("fp16", 128, True),
+        ("bf16", 128, False),
+    ]
+    of_gradients = [*half, ("fp32", 64, True), ("fp32", 128, True)]
     for kernel, dtype, d, causal in [
-        *(
-            (attention_forward, *which)
-            for which in [*plain, ("fp16", 64, True), ("fp16", 128, True), ("bf16", 128, False)]
-        ),
-        *((kernel, *which) for kernel in (attention_grad_key_value, attention_grad_query) for which in plain),
+        *((attention_forward, *which) for which in of_forward),
+        *((kernel, *which) for kernel in (attention_grad_key_value, attention_grad_query) for which in of_gradients),
         (attention_delta, "bf16", 128, False),
     ]:
         targets: dict[tuple[Config, str], list[str]] = {}
         for target, known in CONFIGS.items():
-            config = known[_TABLE[kernel], _BYTES[dtype]][(64, 128, 256).index(d)] if kernel in _TABLE else _DELTA
+            config = known[_TABLE[kernel], _BYTES[dtype]][sizes.index(d)] if kernel in _TABLE else _DELTA
             precision = "tf32x3" if dtype == "fp32" and d <= 128 and target.startswith("sm") else "ieee"
             targets.setdefault((config, precision), []).append(target)
         for (config, precision), which in targets.items():

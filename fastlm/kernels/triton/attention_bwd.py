@@ -9,12 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastlm.kernels.triton.attention_common import LOG2E, biased, capped, kept, load_rows, sequence, split
+from fastlm.kernels.triton.attention_common import LENGTHS, LOG2E, biased, capped, kept, load_rows, sequence, split
 
 __all__ = ["attention_delta", "attention_grad_key_value", "attention_grad_query"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_delta(
     OUT, DO, DLSE, DELTA, STARTS_Q,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_ot: tl.int64,
@@ -91,7 +91,7 @@ def _over_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_grad_key_value(
     Q, K, V, DO, LSE, DELTA, DK, DVALUE, MASK, SLOPES, SEED, STARTS_Q, STARTS_K,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int64,
@@ -211,7 +211,7 @@ def _over_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_grad_query(
     Q, K, V, DO, LSE, DELTA, DQ, MASK, SLOPES, SEED, STARTS_Q, STARTS_K,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int64,

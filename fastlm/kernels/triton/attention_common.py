@@ -10,9 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["LOG2E", "biased", "capped", "kept", "load_rows", "sequence", "split"]
+__all__ = ["LENGTHS", "LOG2E", "biased", "capped", "kept", "load_rows", "sequence", "split"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+LENGTHS = ("queries", "keys", "window")
+"""Arguments that are numbers like any other: no other length compiles a kernel anew."""
 
 
 @triton.jit

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 __all__ = ["CONFIGS", "Config", "run_best"]
 
@@ -39,14 +40,15 @@ class Config(NamedTuple):
 _C = Config
 
 # By kernel, bytes of a number, and features of a head up to: 64, 128, 256.
-CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, Config, Config]]] = {
+CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, ...]]] = {
     "sm_80": {
         ("forward", 2): (_C(128, 32, 4, 3), _C(128, 64, 8, 3), _C(64, 32, 8, 2)),
         ("grad_key_value", 2): (_C(32, 128, 8, 2), _C(32, 64, 8, 2), _C(16, 64, 8, 1)),
         ("grad_query", 2): (_C(128, 64, 8, 2), _C(128, 32, 8, 2), _C(64, 32, 8, 1)),
         ("forward", 4): (_C(64, 32, 8, 1), _C(32, 16, 8, 1), _C(16, 16, 8, 1)),
-        ("grad_key_value", 4): (_C(16, 32, 8, 1), _C(16, 16, 8, 1), _C(16, 16, 16, 1)),
-        ("grad_query", 4): (_C(32, 32, 8, 1), _C(16, 16, 8, 1), _C(16, 16, 8, 1)),
+        # Registers do not hold the sums of 256 features in float32.
+        ("grad_key_value", 4): (_C(32, 16, 8, 1), _C(16, 16, 8, 1)),
+        ("grad_query", 4): (_C(32, 32, 8, 1), _C(16, 16, 8, 1)),
     },
     "sm_86": {
         ("forward", 2): (_C(128, 32, 4, 3), _C(128, 64, 8, 2), _C(64, 32, 8, 1)),
@@ -54,7 +56,7 @@ CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, Config, Config]]] = {
     },
     "sm_90": {
         ("forward", 2): (_C(128, 128, 8, 3), _C(128, 128, 8, 2), _C(128, 32, 8, 2)),
-        ("grad_key_value", 2): (_C(64, 128, 8, 2), _C(32, 128, 8, 3), _C(16, 32, 8, 1)),
+        ("grad_key_value", 2): (_C(64, 128, 8, 2), _C(32, 128, 8, 3), _C(32, 32, 8, 2)),
         ("grad_query", 2): (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 32, 8, 2)),
         ("forward", 4): (_C(64, 32, 4, 2), _C(32, 16, 8, 1), _C(16, 16, 8, 1)),
     },
@@ -62,6 +64,7 @@ CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, Config, Config]]] = {
         ("forward", 2): (_C(128, 128, 8, 2), _C(128, 128, 8, 3), _C(128, 32, 8, 2)),
         ("grad_key_value", 2): (_C(64, 128, 8, 2), _C(32, 128, 8, 2), _C(32, 64, 8, 2)),
         ("grad_query", 2): (_C(128, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 32, 8, 2)),
+        ("forward", 4): (_C(64, 32, 8, 1), _C(32, 16, 8, 1), _C(16, 16, 4, 1)),
     },
     "gfx942": {
         ("forward", 2): (_C(128, 64, 4, 1), _C(128, 64, 4, 1), _C(64, 32, 4, 1)),
@@ -73,7 +76,7 @@ for _name, _own in CONFIGS.items():
     CONFIGS[_name] = CONFIGS["sm_80"] | _own
 
 _INTERPRETED = Config(32, 16, 4, 1)  # so that short sequences, which is all it has time for, have several blocks
-_measured: dict[tuple[object, ...], Config] = {}
+_chosen: dict[Hashable, Config] = {}
 
 
 @functools.cache
@@ -87,26 +90,46 @@ def _architecture(device: torch.device) -> str:
     return "sm_80" if (major, minor) == (8, 0) else "sm_86"
 
 
-def run_best(kernel: str, query: Tensor, features: int, run: Callable[[Config], None]) -> None:
+def _smaller(config: Config) -> Iterator[Config]:
+    """The configuration and, for calls whose options need more shared memory than there is, ever smaller ones."""
+    yield config
+    while config.num_stages > 1:
+        config = config._replace(num_stages=config.num_stages - 1)
+        yield config
+    while max(config.block_m, config.block_n) > 16:
+        config = config._replace(block_m=max(16, config.block_m // 2), block_n=max(16, config.block_n // 2))
+        yield config
+
+
+def _time(run: Callable[[Config], None], config: Config) -> float:
+    try:
+        return float(triton.testing.do_bench(functools.partial(run, config), warmup=5, rep=20))
+    except OutOfResources:  # another architecture has more shared memory
+        return float("inf")
+
+
+def _first(kernel: str, query: Tensor, features: int, run: Callable[[Config], None]) -> Config:
+    if not query.is_cuda:
+        return _INTERPRETED
+    row, size = (kernel, query.element_size()), 0 if features <= 64 else 1 if features <= 128 else 2
+    if os.environ.get("FASTLM_AUTOTUNE") != "1":
+        return CONFIGS[_architecture(query.device)][row][size]
+    known = dict.fromkeys(configs[row][size] for configs in CONFIGS.values())
+    return min(known, key=functools.partial(_time, run))
+
+
+def run_best(kernel: str, query: Tensor, features: int, variant: Hashable, run: Callable[[Config], None]) -> None:
     """Runs a kernel ("forward", "grad_key_value", "grad_query") in the best known way for such tensors.
 
-    `features` are those of a head, as a power of two. `run` may be called several times.
+    `features` are those of a head, as a power of two, and `variant` what else is compiled into the kernel. `run` may be
+    called several times.
     """
-    if not query.is_cuda:
-        return run(_INTERPRETED)
-    architecture = _architecture(query.device)
-    size = 0 if features <= 64 else 1 if features <= 128 else 2
-    if os.environ.get("FASTLM_AUTOTUNE") != "1":
-        return run(CONFIGS[architecture][kernel, query.element_size()][size])
-    key = (kernel, query.device, query.dtype, features)
-    if key not in _measured:
-        times: dict[Config, float] = {}
-        for known in CONFIGS.values():
-            config = known[kernel, query.element_size()][size]
-            if config not in times:
-                try:
-                    times[config] = triton.testing.do_bench(functools.partial(run, config), warmup=5, rep=20)
-                except triton.runtime.errors.OutOfResources:  # another architecture has more shared memory
-                    times[config] = float("inf")
-        _measured[key] = min(times, key=times.__getitem__)
-    return run(_measured[key])
+    key = (kernel, query.device, query.dtype, features, variant)
+    for config in _smaller(_chosen.get(key) or _first(kernel, query, features, run)):
+        try:
+            run(config)
+        except OutOfResources:
+            continue
+        _chosen[key] = config
+        return
+    raise RuntimeError(f"attention: no tiles of {kernel} fit this GPU's shared memory")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastlm.kernels.triton.attention_common import LOG2E, biased, capped, kept, load_rows, sequence, split
+from fastlm.kernels.triton.attention_common import LENGTHS, LOG2E, biased, capped, kept, load_rows, sequence, split
 
 __all__ = ["attention_forward"]
 
@@ -47,7 +47,7 @@ def _over_keys(
     return output, total, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_forward(
     Q, K, V, OUT, LSE, SINKS, MASK, SLOPES, SEED, STARTS_Q, STARTS_K,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int64,
