@@ -16,7 +16,9 @@
 namespace fastlm {
 namespace FASTLM_ISA {
 
-static constexpr int kChunk = 64;        // keys per task, so that a short context keeps all threads busy; a multiple of kLanes
+// Keys per task, multiples of kLanes: few at first, so that a short context keeps all threads busy; more behind, where
+// what a task costs beside its keys would add up.
+static constexpr int kNarrow = 64, kWide = 256, kNarrows = 16;
 static constexpr int kTogether = 4;      // queries that share one reading of a key or value
 static constexpr int64_t kTokens = 32;   // new tokens per pass: bounds the scratch
 static constexpr int64_t kBytesPerThread = 128 << 10;  // less work than this does not pay for waking a thread
@@ -24,6 +26,14 @@ static constexpr int kMaxDim = kAttentionDecodeMaxDim;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline int64_t chunk_of(int64_t position) {
+  const int64_t behind = position - kNarrows * kNarrow;
+  return behind < 0 ? position / kNarrow : kNarrows + behind / kWide;
+}
+static inline int64_t chunk_begin(int64_t chunk) {
+  return chunk < kNarrows ? chunk * kNarrow : kNarrows * kNarrow + (chunk - kNarrows) * kWide;
+}
 
 // The keys [low, high) that one query sees.
 struct Visible {
@@ -39,11 +49,15 @@ struct Pass {
   const AttentionDecode* a;
   int64_t first, tokens;
   int64_t chunks;  // most chunks of any sequence
+  int64_t span;    // and most keys in them
   float* partial;  // [batch, heads, tokens, chunks, dim + 2]: weighted sum, largest score, sum of exponentials
 
-  int64_t first_chunk(int64_t b) const { return visible(*a, b, first).low / kChunk; }
+  int64_t first_chunk(int64_t b) const { return chunk_of(visible(*a, b, first).low); }
   int64_t chunk_count(int64_t b) const {
-    return (visible(*a, b, first + tokens - 1).high - 1) / kChunk - first_chunk(b) + 1;
+    return chunk_of(visible(*a, b, first + tokens - 1).high - 1) - first_chunk(b) + 1;
+  }
+  int64_t keys_before(int64_t b, int64_t chunk) const {
+    return chunk_begin(first_chunk(b) + chunk) - chunk_begin(first_chunk(b));
   }
   float* partial_of(int64_t b, int64_t head, int64_t token, int64_t chunk) const {
     return partial + (((b * a->heads + head) * tokens + token) * chunks + chunk) * (a->dim + 2);
@@ -51,8 +65,11 @@ struct Pass {
 };
 
 static inline Pass make_pass(const AttentionDecode& a, int64_t first) {
-  Pass pass = {&a, first, smaller(kTokens, a.tokens - first), 0, a.scratch};
-  for (int64_t b = 0; b < a.batch; ++b) pass.chunks = larger(pass.chunks, pass.chunk_count(b));
+  Pass pass = {&a, first, smaller(kTokens, a.tokens - first), 0, 0, a.scratch};
+  for (int64_t b = 0; b < a.batch; ++b) {
+    pass.chunks = larger(pass.chunks, pass.chunk_count(b));
+    pass.span = larger(pass.span, pass.keys_before(b, pass.chunk_count(b)));
+  }
   return pass;
 }
 
@@ -195,7 +212,7 @@ static float softmax(const AttentionDecode& a, const Query& query, int64_t base,
 
 // The scores of Q queries against the chunk's keys [low, high).
 template <int Q, class T>
-static void score(const Query* queries, Rows<T> keys, int64_t low, int64_t high, int dim, float (*scores)[kChunk]) {
+static void score(const Query* queries, Rows<T> keys, int64_t low, int64_t high, int dim, float (*scores)[kWide]) {
   const float* vectors[Q];
   for (int q = 0; q < Q; ++q) vectors[q] = queries[q].vector;
   for (int64_t block = low / kLanes * kLanes; block < high; block += kLanes) {
@@ -217,9 +234,9 @@ template <int Q, class T>
 static void attend(const AttentionDecode& a, const Query* queries, int64_t base, Rows<T> keys, Rows<T> values,
                    float* const* partials) {
   const int dim = static_cast<int>(a.dim);
-  alignas(64) float scores[Q][kChunk], sums[Q][kMaxDim];
+  alignas(64) float scores[Q][kWide], sums[Q][kMaxDim];
   // The keys that any of them sees, and those that all do.
-  int64_t low = kChunk, high = 0, all_low = 0, all_high = kChunk;
+  int64_t low = kWide, high = 0, all_low = 0, all_high = kWide;
   for (int q = 0; q < Q; ++q) {
     const int64_t from = queries[q].keys.low - base, to = queries[q].keys.high - base;
     if (from < to) low = smaller(low, from), high = larger(high, to);
@@ -242,7 +259,7 @@ static void attend(const AttentionDecode& a, const Query* queries, int64_t base,
         scores[q][j] *= values.scale(j, dim);
   }
   // In order for each query: what it alone sees before the common keys, these, what is behind them.
-  if (all_low >= all_high) all_low = all_high = kChunk;
+  if (all_low >= all_high) all_low = all_high = kWide;
   for (int q = 0; q < Q; ++q)
     add_values<1>(sum + q, weights + q, values, queries[q].keys.low - base,
                   smaller(queries[q].keys.high - base, all_low), dim);
@@ -257,7 +274,7 @@ template <class T>
 static void run_task(const Pass& pass, int64_t b, int64_t kv_head, int64_t chunk) {
   const AttentionDecode& a = *pass.a;
   const int64_t row = a.rows != nullptr ? a.rows[b] : b;
-  const int64_t base = (pass.first_chunk(b) + chunk) * kChunk;
+  const int64_t base = chunk_begin(pass.first_chunk(b) + chunk), end = chunk_begin(pass.first_chunk(b) + chunk + 1);
   const int64_t group = a.heads / a.kv_heads;
   const auto rows = [&](const void* cache, const int64_t* stride) {
     return Rows<T>{static_cast<const T*>(cache) + row * stride[0] + kv_head * stride[1] + base * stride[2], stride[2]};
@@ -277,7 +294,7 @@ static void run_task(const Pass& pass, int64_t b, int64_t kv_head, int64_t chunk
           a.query + b * a.query_stride[0] + head * a.query_stride[1] + (pass.first + token) * a.query_stride[2];
       for (int64_t d = 0; d < a.dim; ++d) vectors[i][d] = source[d] * a.scale;
       for (int64_t d = a.dim; d % kLanes != 0; ++d) vectors[i][d] = 0.0f;
-      queries[i] = {vectors[i], position, {larger(own.low, base), smaller(own.high, base + kChunk)},
+      queries[i] = {vectors[i], position, {larger(own.low, base), smaller(own.high, end)},
                     a.slopes != nullptr ? a.slopes[b * a.slopes_stride + head] : 0.0f};
       partials[i] = pass.partial_of(b, head, token, chunk);
     }
@@ -325,7 +342,7 @@ int64_t attention_decode_check(const AttentionDecode& a) {
 int64_t attention_decode_scratch(const AttentionDecode& a, int64_t longest) {
   // A window can begin and end within a chunk, and new tokens add to what one of them sees.
   const int64_t keys = a.window < longest ? smaller(a.window + smaller(a.tokens, kTokens), longest) : longest;
-  const int64_t chunks = smaller(keys / kChunk + 2, longest / kChunk + 1);
+  const int64_t chunks = smaller(keys / kNarrow + 2, chunk_of(longest) + 1);
   return a.batch * a.heads * smaller(a.tokens, kTokens) * chunks * (a.dim + 2);
 }
 
@@ -334,15 +351,19 @@ void attention_decode(const AttentionDecode& a) {
     const int64_t wanted = agree([&] {
       const Pass pass = make_pass(a, first);
       int64_t keys = 0;
-      for (int64_t b = 0; b < a.batch; ++b) keys += smaller(pass.chunk_count(b) * kChunk, a.lengths[b]);
+      for (int64_t b = 0; b < a.batch; ++b)
+        keys += visible(a, b, first + pass.tokens - 1).high - visible(a, b, first).low;
       const int64_t bytes = keys * a.kv_heads * a.dim * 2 * static_cast<int64_t>(sizeof(float));  // of work, not memory
       return larger(1, smaller(a.threads, bytes / kBytesPerThread));
     });
     parallel(static_cast<int>(wanted), [&](int thread, int threads, Barrier& barrier) {
       const Pass pass = make_pass(a, first);
-      const Range tasks = share(a.batch * a.kv_heads * pass.chunks, thread, threads);
-      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      // Each thread's share of the keys is in one piece, so that it merges what it has computed itself.
+      const Range mine = share(a.batch * a.kv_heads * pass.span, thread, threads);
+      for (int64_t task = 0; task < a.batch * a.kv_heads * pass.chunks; ++task) {
         const int64_t chunk = task % pass.chunks, unit = task / pass.chunks, b = unit / a.kv_heads;
+        const int64_t at = unit * pass.span + pass.keys_before(b, chunk);
+        if (at < mine.begin || at >= mine.end) continue;
         if (chunk >= pass.chunk_count(b)) continue;  // a shorter sequence
         switch (a.type) {
           case KvType::kFloat: run_task<float>(pass, b, unit % a.kv_heads, chunk); break;
