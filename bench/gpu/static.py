@@ -191,7 +191,8 @@ def main(arguments: list[str]) -> int:
     kept = [] if whole else [r for r in last if (r["kernel"], r["target"]) not in new]
     record = {"tools": tables.versions(), "rows": sorted(kept + rows, key=lambda r: (r["kernel"], r["target"]))}
     options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n  ".join(map(json.dumps, record["rows"]))  # a line each: what changed is seen in a diff
+    path.write_text(f'{{"tools": {json.dumps(record["tools"])}, "rows": [\n  {lines}\n]}}\n', encoding="utf-8")
     path.with_suffix(".md").write_text(tables.markdown(record), encoding="utf-8")
     tables.show(rows)
     print(f"{len(rows)} kernels in {time.perf_counter() - start:.0f} s. Written: {path}, {path.with_suffix('.md')}")
