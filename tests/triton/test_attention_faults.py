@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from triton_attention import Case, build, by_kernel, compare
+from triton_mutants import mutant
 
 from fastlm.kernels.triton import attention, attention_bwd, attention_fwd
 
@@ -122,19 +121,6 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
 }
 
 
-def _faulty(tmp_path: Path, module: ModuleType, old: str, new: str) -> ModuleType:
-    """A copy of a kernel's module with one expression of its source changed."""
-    text = Path(str(module.__file__)).read_text(encoding="utf-8")
-    assert old in text, f"{module.__name__} no longer says {old!r}"
-    path = tmp_path / "faulty.py"
-    path.write_text(text.replace(old, new), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    assert spec is not None and spec.loader is not None
-    changed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(changed)
-    return changed
-
-
 @pytest.fixture(scope="module")
 def sound() -> Callable[[str, str], Case]:
     """A call that the kernels as they are get right; checked once each."""
@@ -155,7 +141,8 @@ def test_planted_faults_are_found(
 ) -> None:
     call, name, old, new = FAULTS[fault]
     case = sound(call, device)
-    changed = _faulty(tmp_path, importlib.import_module(f"fastlm.kernels.triton.attention_{name}"), old, new)
+    module = importlib.import_module(f"fastlm.kernels.triton.attention_{name}")
+    changed = mutant(module, tmp_path, (old, new))
     places = [attention_fwd, attention_bwd] if name == "common" else [attention]
     for place in places:
         for symbol in changed.__all__:
