@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import _VF, Tensor
+from torch import _VF, Tensor, autograd
 
+from fastlm.kernels import cuda
+from fastlm.kernels.cuda import gru as cuda_kernel
 from fastlm.ops.library import autograd_by_reference, tracing
 from fastlm.ops.recurrent import (
     SequenceOp,
@@ -28,6 +30,33 @@ def _native_why_not(input: Tensor, states: States, weights: Sequence[Tensor], *_
     return native_why_not(input, *states, *weights)
 
 
+class _CudaCell(autograd.Function):
+    """The cell by the CUDA kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+    ) -> Tensor:
+        h_next, gates_x, gates_h = cuda_kernel.cell_forward(input, h, w_ih, w_hh, b_ih, b_hh)
+        ctx.save_for_backward(input, h, w_ih, w_hh, b_ih, b_hh, gates_x, gates_h)
+        return h_next
+
+    @staticmethod
+    @autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, h, w_ih, w_hh, b_ih, b_hh, gates_x, gates_h = ctx.saved_tensors
+        of_x, of_h, of_state = cuda_kernel.cell_backward(grad, gates_x, gates_h, h, b_ih, b_hh)
+        needs = ctx.needs_input_grad
+        return (
+            of_x @ w_ih if needs[0] else None,
+            of_state + of_h @ w_hh if needs[1] else None,
+            of_x.t() @ input if needs[2] else None,
+            of_h.t() @ h if needs[3] else None,
+            of_x.sum(0) if needs[4] else None,
+            of_h.sum(0) if needs[5] else None,
+        )
+
+
 GRU = SequenceOp(
     "gru",
     3,
@@ -43,6 +72,8 @@ GRU_CELL = Op(
     [
         Implementation("cpu", native_cell("gru"), native_why_not),
         Implementation("torch", _VF.gru_cell, always),
+        # After torch's, which is fused as well, until there are measurements on a GPU that put it first.
+        Implementation("cuda", _CudaCell.apply, cuda.why_not),
         Implementation("reference", reference.gru_cell, always),
     ],
 )

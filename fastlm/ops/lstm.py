@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from fastlm.kernels import cuda, native
 from fastlm.kernels.cpu import lstm as kernel
+from fastlm.kernels.cuda import lstm as cuda_kernel
 from fastlm.ops.checks import refuse
 from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing, undisturbed
 from fastlm.ops.lstm_variants import LSTM_VARIANT
@@ -182,13 +183,43 @@ def _cpu_cell_why_not(input: Tensor, *tensors: Tensor | None) -> str | None:
     return opaque_kernel_why_not(native.CPU, input, *tensors, dtypes=NATIVE_DTYPES)
 
 
-def _cuda_cell_why_not(input: Tensor, *tensors: Tensor | None) -> str | None:
-    given = [tensor for tensor in (input, *tensors) if tensor is not None]
-    return cuda.unavailable() or refuse(
-        (any(not tensor.is_cuda for tensor in given), "a tensor is not on a CUDA device"),
-        (any(tensor.dtype != torch.float32 for tensor in given), "a tensor is not float32"),
-        (needs_grad(*given), "a gradient is wanted"),
+def _cuda_layer(
+    input: Tensor, batch_sizes: list[int], states: States, weights: Weights, reverse: bool, noise: Noise = NORMAL
+) -> tuple[Tensor, States]:
+    h, c = states
+    state = cuda_kernel.step(input, h, c, weights.w_ih, weights.w_hh, weights.b_ih, weights.b_hh)
+    return state[0].clone(), state  # the output is not the memory of h_n, which a caller may change
+
+
+def _cuda_run(*arguments: Any) -> tuple[Tensor, States]:
+    return sequence(*(_cuda_layer, *arguments))
+
+
+def _cuda_step_why_not(rows: int, *tensors: Tensor | None) -> str | None:
+    """Of one step without gradients; all else of the plain LSTM is faster in cuDNN and cuBLAS, that is, by torch."""
+    return cuda.why_not(*tensors) or refuse(
+        (needs_grad(*tensors), "a gradient is wanted: torch's is faster (cuDNN)"),
+        (rows == 0, "the batch is empty"),
+        (rows > cuda_kernel.MOST_ROWS, f"there are {rows} rows: from {cuda_kernel.MOST_ROWS + 1} on torch is faster"),
     )
+
+
+def _cuda_why_not(
+    input: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, *rest: Any
+) -> str | None:
+    steps = 1 if batch_sizes is not None else input.shape[1 if rest[2] else 0]
+    return cuda.unavailable() or refuse(
+        (
+            batch_sizes is not None or steps > 1,
+            "a sequence of a plain LSTM: torch's is faster (cuDNN); with layer_norm, recurrent_dropout or zoneout, "
+            "which cuDNN lacks, ours runs",
+        ),
+        (states[0].shape[-1] != states[1].shape[-1], "there is a projection"),
+    ) or _cuda_step_why_not(states[0].shape[1], input, *states, *weights)  # fmt: skip
+
+
+def _cuda_cell_why_not(input: Tensor, *tensors: Tensor | None) -> str | None:
+    return _cuda_step_why_not(input.shape[0], input, *tensors)
 
 
 def _torch_why_not(*_: Any) -> str | None:
@@ -208,6 +239,7 @@ LSTM = SequenceOp(
     4,
     [
         Implementation("cpu", in_float32(_cpu_run), _cpu_why_not),
+        Implementation("cuda", _cuda_run, _cuda_why_not),
         Implementation("torch", torch_sequence(_VF.lstm), _torch_why_not),
         Implementation("reference", reference.lstm, always),
     ],
@@ -217,9 +249,8 @@ LSTM_CELL = Op(
     "lstm_cell",
     [
         Implementation("cpu", _cpu_cell, _cpu_cell_why_not),
+        Implementation("cuda", cuda_kernel.step, _cuda_cell_why_not),
         Implementation("torch", _torch_cell, always),
-        # After torch's, which is fused as well, until there are measurements on a GPU that put it first.
-        Implementation("cuda", cuda.lstm_cell, _cuda_cell_why_not),
         Implementation("reference", reference.lstm_cell, always),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlm.kernels import native
 from fastlm.kernels.cpu import sample as cpu
+from fastlm.kernels.cuda import sample as cuda
 from fastlm.ops.checks import describe
 from fastlm.ops.library import tracing
 from fastlm.ops.registry import Implementation, Op, always
@@ -23,6 +24,7 @@ SAMPLE = Op(
     "sample",
     [
         Implementation("cpu", cpu.run, cpu.why_not),
+        Implementation("cuda", cuda.run, cuda.why_not),
         Implementation("reference", reference.sample, always),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from fastlm.kernels import native
 from fastlm.reference import sample as reference
 from fastlm.reference.sample import Option
 
-__all__ = ["run", "why_not"]
+__all__ = ["MOST_TOKENS", "arguments", "run", "why_not"]
 
 MOST_TOKENS = 1 << 24
 
@@ -26,18 +27,57 @@ def why_not(logits: Tensor, *_: object) -> str | None:
     return None
 
 
-def _split(options: Sequence[Option], dtype: torch.dtype, keep_alive: list[Tensor]) -> tuple[list[float], list[int]]:
+def _split(
+    options: Sequence[Option], dtype: torch.dtype, device: torch.device, keep_alive: list[Tensor]
+) -> tuple[list[float], list[int]]:
     """Options as numbers, and as addresses of [B] tensors (0: it is a number), which `keep_alive` holds."""
     values: list[float] = []
     addresses = [0] * len(options)
     for index, option in enumerate(options):
         if isinstance(option, Tensor):
-            rows = option.to("cpu", dtype).contiguous()
+            rows = option.to(device, dtype).contiguous()
             keep_alive.append(rows)
             addresses[index] = rows.data_ptr()
             option = 0
         values.append(option)
     return values, addresses
+
+
+def arguments(
+    x: Tensor,
+    options: Sequence[Option],
+    logit_bias: Tensor | None,
+    history: Tensor | None,
+    history_lengths: Option | None,
+    prompt_lengths: Option | None,
+    tokens: Tensor,
+    keep_alive: list[Tensor],
+) -> tuple[Any, ...]:
+    """What the bindings of CPU and CUDA take first: addresses on the device of x [B, V], contiguous along V.
+
+    `keep_alive` gets what the addresses are of, beside x and tokens [B], and has to outlive the call.
+    """
+    bias_address = bias_stride = history_address = history_stride = length = 0
+    if logit_bias is not None:
+        bias = logit_bias.to(x.device, torch.float32)
+        bias = bias if bias.stride(1) == 1 else bias.contiguous()
+        keep_alive.append(bias)
+        bias_address, bias_stride = bias.data_ptr(), bias.stride(0)
+    if history is not None and history.shape[1] > 0:
+        ids = history.to(x.device)
+        ids = ids if ids.stride(1) == 1 else ids.contiguous()
+        keep_alive.append(ids)
+        history_address, history_stride, length = ids.data_ptr(), ids.stride(0), ids.shape[1]
+    lengths = (
+        length if history_lengths is None else history_lengths,
+        0 if prompt_lengths is None else prompt_lengths,
+    )
+    reals, real_rows = _split(options[:6], torch.float64, x.device, keep_alive)
+    integers, integer_rows = _split((*options[6:], *lengths), torch.int64, x.device, keep_alive)
+    return (
+        x.data_ptr(), x.stride(0), *x.shape, reals, real_rows, integers, integer_rows,
+        bias_address, bias_stride, history_address, history_stride, length, tokens.data_ptr(),
+    )  # fmt: skip
 
 
 def run(
@@ -49,44 +89,13 @@ def run(
     prompt_lengths: Option | None,
 ) -> Tensor:
     """See `fastlm.reference.sample.sample`."""
-    batch, vocab = logits.shape
     x = logits if logits.dtype == torch.float32 else logits.float()
     if x.stride(1) != 1:
         x = x.contiguous()
-    bias_address = bias_stride = history_address = history_stride = length = 0
-    if logit_bias is not None:
-        bias = logit_bias.to("cpu", torch.float32)
-        bias = bias if bias.stride(1) == 1 else bias.contiguous()
-        bias_address, bias_stride = bias.data_ptr(), bias.stride(0)
-    if history is not None and history.shape[1] > 0:
-        ids = history.to("cpu")
-        ids = ids if ids.stride(1) == 1 else ids.contiguous()
-        history_address, history_stride, length = ids.data_ptr(), ids.stride(0), ids.shape[1]
-    lengths = (
-        length if history_lengths is None else history_lengths,
-        0 if prompt_lengths is None else prompt_lengths,
-    )
     alive: list[Tensor] = []
-    reals, real_rows = _split(options[:6], torch.float64, alive)
-    integers, integer_rows = _split((*options[6:], *lengths), torch.int64, alive)
-    tokens = torch.empty(batch, dtype=torch.int64)
-    refused = native.CPU.require().sample(
-        x.data_ptr(),
-        x.stride(0),
-        batch,
-        vocab,
-        reals,
-        real_rows,
-        integers,
-        integer_rows,
-        bias_address,
-        bias_stride,
-        history_address,
-        history_stride,
-        length,
-        tokens.data_ptr(),
-        native.num_threads(),
-    )
+    tokens = torch.empty(len(x), dtype=torch.int64)
+    given = arguments(x, options, logit_bias, history, history_lengths, prompt_lengths, tokens, alive)
+    refused = native.CPU.require().sample(*given, native.num_threads())
     if refused >= 0:
         # The reference says what is wrong with the row.
         reference.sample(logits, options, logit_bias, history, history_lengths, prompt_lengths)

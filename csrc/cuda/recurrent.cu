@@ -1,0 +1,124 @@
+// Launchers of the recurrent kernels.
+#include "fastlm/recurrent_cuda.h"
+
+#include "launch.h"
+#include "lstm_sequence.cuh"
+
+namespace fastlm {
+namespace {
+
+using device::Shape;
+
+// Calls f with a value of the storage's type.
+template <typename F>
+const char* with_type(Storage storage, F f) {
+  switch (storage) {
+    case Storage::float16:
+      return f(device::Half{});
+    case Storage::bfloat16:
+      return f(device::BFloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+int64_t padded(int64_t hidden) { return (hidden + 7) / 8 * 8; }  // whole packs of every storage
+
+}  // namespace
+
+const char* lstm_cell_cuda(const LstmCellCuda& args, void* stream) {
+  if (args.batch == 0) return nullptr;
+  const Shape shape{unsigned(args.batch), device::kCellThreads, args.ln_c ? std::size_t(args.hidden) * 4 : 0, false};
+  return with_type(args.storage, [&](auto type) {
+    return device::launch(device::lstm_cell_kernel<decltype(type)>, shape, stream, args);
+  });
+}
+
+const char* lstm_cell_backward_cuda(const LstmCellGradientsCuda& args, void* stream) {
+  if (args.cell.batch == 0) return nullptr;
+  const bool norm = args.cell.ln_c != nullptr || args.cell.ln_ih != nullptr || args.cell.ln_hh != nullptr;
+  const Shape shape{unsigned(args.cell.batch), device::kCellThreads, norm ? std::size_t(args.cell.hidden) * 24 : 0,
+                    false};
+  return with_type(args.cell.storage, [&](auto type) {
+    return device::launch(device::lstm_cell_backward_kernel<decltype(type)>, shape, stream, args);
+  });
+}
+
+const char* gru_cell_cuda(const GruCellCuda& args, void* stream) {
+  if (args.batch == 0) return nullptr;
+  const Shape shape{unsigned(args.batch), device::kCellThreads, 0, false};
+  return with_type(args.storage, [&](auto type) {
+    return device::launch(device::gru_cell_kernel<decltype(type)>, shape, stream, args);
+  });
+}
+
+const char* gru_cell_backward_cuda(const GruCellGradientsCuda& args, void* stream) {
+  if (args.cell.batch == 0) return nullptr;
+  const Shape shape{unsigned(args.cell.batch), device::kCellThreads, 0, false};
+  return with_type(args.cell.storage, [&](auto type) {
+    return device::launch(device::gru_cell_backward_kernel<decltype(type)>, shape, stream, args);
+  });
+}
+
+const char* lstm_step_cuda(const LstmStepCuda& args, void* stream) {
+  if (args.batch == 0) return nullptr;
+  constexpr int kUnits = device::kStepThreads / device::kWarp;
+  const Shape shape{unsigned((args.hidden + kUnits - 1) / kUnits), device::kStepThreads, 0, false};
+  return with_type(args.storage, [&](auto type) {
+    using T = decltype(type);
+    constexpr int kPack = 16 / sizeof(T);
+    const bool whole = args.inputs % kPack == 0 && args.hidden % kPack == 0 && aligned(args.x) &&
+                       aligned(args.h_prev) && aligned(args.w_ih) && aligned(args.w_hh);
+    const auto kernel = !whole            ? device::lstm_step_kernel<T, 4, 1>
+                        : args.batch == 1 ? device::lstm_step_kernel<T, 1, kPack>
+                                          : device::lstm_step_kernel<T, 4, kPack>;
+    return device::launch(kernel, shape, stream, args);
+  });
+}
+
+std::size_t lstm_sequence_cuda_scratch(int64_t batch, int64_t hidden) {
+  return 64 + std::size_t(batch) * std::size_t(hidden) * 8 + std::size_t(batch) * std::size_t(padded(hidden)) * 8 + 16;
+}
+
+const char* lstm_sequence_cuda(const LstmSequenceCuda& args, void* stream) {
+  if (args.batch == 0 || args.steps == 0) return nullptr;
+  device::Limits limits;
+  if (const char* error = device::limits(&limits)) return error;
+  return with_type(args.storage, [&](auto type) -> const char* {
+    using T = decltype(type);
+    device::LstmSequenceLaunch launch{};
+    launch.args = args;
+    launch.barrier = static_cast<unsigned*>(args.scratch);
+    launch.states = reinterpret_cast<float*>(static_cast<char*>(args.scratch) + 64);
+    const std::size_t states = std::size_t(args.batch) * std::size_t(args.hidden) * 8;
+    launch.exchanged = static_cast<char*>(args.scratch) + 64 + (states + 15) / 16 * 16;
+    launch.stride = padded(args.hidden);
+    // One block on each multiprocessor, or fewer: the more there are, the longer they take to meet.
+    constexpr int64_t kWarps = device::kSequenceThreads / device::kWarp;
+    launch.units = (args.hidden + limits.multiprocessors - 1) / limits.multiprocessors;
+    launch.units = launch.units < kWarps ? (args.hidden < kWarps ? args.hidden : kWarps) : launch.units;
+    const int64_t row = launch.stride * int64_t{sizeof(T)}, rows = args.batch == 1 ? 1 : 8;
+    const int64_t space = limits.shared - rows * row;
+    if (space < 0) return "lstm_sequence: the hidden size is too large for shared memory";
+    launch.shared_units = space / (4 * row) < launch.units ? space / (4 * row) : launch.units;
+    const Shape shape{unsigned((args.hidden + launch.units - 1) / launch.units), device::kSequenceThreads,
+                      std::size_t(rows * row + launch.shared_units * 4 * row), true};
+    return device::launch(rows == 1 ? device::lstm_sequence_kernel<T, 1> : device::lstm_sequence_kernel<T, 8>, shape,
+                          stream, launch);
+  });
+}
+
+int cuda_device_count() {
+#if defined(__CUDACC__)
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();  // clears the error, which would otherwise surface in the next launch
+  return 0;
+#else
+  return 1;
+#endif
+}
+
+}  // namespace fastlm

@@ -1,0 +1,54 @@
+"""The CUDA kernels (csrc/cuda), on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastlm.kernels import native
+
+__all__ = ["STORAGES", "addresses", "stream", "unavailable", "why_not"]
+
+STORAGES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Dtypes in device memory, by their number in csrc/include/fastlm/storage.h."""
+
+
+def _on_cpu() -> bool:
+    """Whether the module is the one of the tests, whose device is the CPU."""
+    return native.CUDA.module is not None and native.CUDA.module.on_cpu
+
+
+def unavailable() -> str | None:
+    """Why no CUDA kernel can run in this process; None where they can."""
+    if native.CUDA.module is None:
+        return native.CUDA.error
+    return None if _on_cpu() or torch.cuda.is_available() else "there is no CUDA device that torch can use"
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Why the kernels can't take these: they have to be on one device and of one dtype that the kernels know."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    wanted = "cpu" if _on_cpu() else "cuda"
+    given = [t for t in tensors if t is not None]
+    for tensor in given:
+        if tensor.device.type != wanted or tensor.device != given[0].device:
+            return f"a tensor is on {tensor.device}, another on {given[0].device}; they have to be on one CUDA device"
+        if tensor.dtype != given[0].dtype or tensor.dtype not in STORAGES:
+            return f"a tensor is {tensor.dtype}; the kernels take one of float32, float16 and bfloat16"
+    return None
+
+
+def stream(device: torch.device) -> int:
+    """Torch's current stream of the device."""
+    return 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+
+
+def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
+    """Those that are given, by name. The tensors are contiguous; torch frees memory in the order of the stream."""
+    for name, tensor in tensors.items():
+        assert tensor is None or tensor.is_contiguous(), name
+    return {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}

@@ -1,0 +1,230 @@
+"""The LSTM on a GPU, for what cuDNN can't do: layer normalisation, recurrent dropout, zoneout; and single steps.
+
+Packed sequences are those of `fastlm.kernels.cpu.lstm`. Tensors are on one device, of one of `cuda.STORAGES`; they need
+not be contiguous. The products that take all steps at once are cuBLAS's. Without layer normalisation the recurrence is
+one launch for the whole sequence; with it, and in the backward pass, a product and a kernel for each step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastlm.kernels import cuda, native
+from fastlm.reference.lstm import NORM_EPS
+
+__all__ = ["MOST_ROWS", "Saved", "layer_backward", "layer_forward", "step"]
+
+MOST_ROWS = 8
+"""Of a batch for which `step`, which goes through the weights once for 4 rows, is ahead of two products."""
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs. `tensors` can go through `ctx.save_for_backward`."""
+
+    tensors: tuple[Tensor | None, ...]
+    """input, w_ih, w_hh, b_ih, b_hh, ln_ih, ln_hh, ln_c, ln_c_bias, dropout, zoneout_h, zoneout_c, h0, c0, output,
+    cells [N, H], gates_x and gates_h [N, 4H], the two products."""
+    batch_sizes: Sequence[int]
+    reverse: bool
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(batch_sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows at each step, and where they start: int64 [T] each."""
+    starts = list(accumulate(batch_sizes, initial=0))[:-1]
+    running, first = torch.tensor([batch_sizes, starts]).to(device)
+    return running, first
+
+
+def _times(batch_sizes: Sequence[int], reverse: bool) -> Iterator[tuple[slice, int]]:
+    """The rows of each step and their number, in the order of computation."""
+    starts = list(accumulate(batch_sizes, initial=0))
+    for t in reversed(range(len(batch_sizes))) if reverse else range(len(batch_sizes)):
+        yield slice(starts[t], starts[t + 1]), batch_sizes[t]
+
+
+def _sequence(
+    gates_x: Tensor,
+    batch_sizes: Sequence[int],
+    reverse: bool,
+    given: dict[str, Tensor | None],
+    results: dict[str, Tensor | None],
+) -> None:
+    """All steps in one launch."""
+    h0 = given["h0"]
+    assert h0 is not None
+    module = native.CUDA.require()
+    running, starts = _layout(tuple(batch_sizes), gates_x.device)
+    scratch = torch.empty(module.lstm_sequence_scratch(*h0.shape), dtype=torch.uint8, device=gates_x.device)
+    scratch[:64] = 0
+    layout = {"running": running, "starts": starts, "scratch": scratch, "gates_x": gates_x}
+    with torch.cuda.device_of(gates_x):
+        module.lstm_sequence(
+            cuda.STORAGES[gates_x.dtype],
+            *h0.shape,
+            len(batch_sizes),
+            reverse,
+            cuda.addresses(given | layout | results),
+            cuda.stream(gates_x.device),
+        )
+
+
+def layer_forward(
+    input: Tensor,
+    batch_sizes: Sequence[int],
+    weights: Sequence[Tensor | None],
+    norms: Sequence[Tensor | None],
+    noise: Sequence[Tensor | None],
+    h0: Tensor,
+    c0: Tensor,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
+    """One direction of one layer over a packed sequence; arguments as `fastlm.kernels.cpu.lstm_variants`'s."""
+    tensors = [None if t is None else t.detach().contiguous() for t in (input, *weights, *norms, *noise, h0, c0)]
+    input, w_ih, w_hh, b_ih, b_hh, ln_ih, ln_hh, ln_c, ln_c_bias, dropout, zoneout_h, zoneout_c, h0, c0 = tensors  # type: ignore[assignment]
+    assert w_ih is not None and w_hh is not None
+    rows, hidden = input.shape[0], h0.shape[1]
+    gates_x = input @ w_ih.t()
+    output = input.new_empty(rows, hidden)
+    cells = torch.empty_like(output) if save else None
+    gates_h = torch.empty_like(gates_x) if save else None
+    biases = {"b_ih": b_ih, "b_hh": b_hh}
+    if ln_ih is None:
+        h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+        given = {"w_hh": w_hh, "h0": h0, "c0": c0, "dropout": dropout, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
+        results = {"output": output, "cells": cells, "gates_h": gates_h, "h_n": h_n, "c_n": c_n}
+        _sequence(gates_x, batch_sizes, reverse, given | biases, results)
+    else:
+        h_n, c_n = h0.clone(), c0.clone()
+        biases |= {"ln_ih": ln_ih, "ln_hh": ln_hh, "ln_c": ln_c, "ln_c_bias": ln_c_bias}
+        for at, running in _times(batch_sizes, reverse):
+            h, c = h_n[:running], c_n[:running]
+            product = (h if dropout is None else h * dropout[:running]) @ w_hh.t()
+            states = {"h_prev": h, "c_prev": c, "h": h, "c": c}
+            shares = {
+                "zoneout_h": None if zoneout_h is None else zoneout_h[at],
+                "zoneout_c": None if zoneout_c is None else zoneout_c[at],
+            }
+            _launch("lstm_cell", h, {"gates_x": gates_x[at], "gates_h": product} | states | shares | biases)
+            output[at] = h
+            if cells is not None and gates_h is not None:
+                cells[at], gates_h[at] = c, product
+    if not save:
+        return output, h_n, c_n, None
+    return output, h_n, c_n, Saved((*tensors, output, cells, gates_x, gates_h), batch_sizes, reverse)
+
+
+def _launch(kernel: str, h: Tensor, tensors: dict[str, Tensor | None]) -> None:
+    """A kernel for rows like those of h [B, H]."""
+    with torch.cuda.device_of(h):
+        function = getattr(native.CUDA.require(), kernel)
+        function(cuda.STORAGES[h.dtype], *h.shape, cuda.addresses(tensors), cuda.stream(h.device))
+
+
+def _previous(first: Tensor, after: Tensor, batch_sizes: Sequence[int], reverse: bool) -> Tensor:
+    """The state [N, H] that each row of each step began with: `first` [B, H], or that `after` the step before."""
+    pieces: list[Tensor] = []
+    before: Tensor | None = None
+    for at, running in _times(batch_sizes, reverse):
+        known = 0 if before is None else min(running, before.shape[0])
+        piece = first[known:running]
+        pieces.append(piece if before is None else torch.cat([before[:known], piece]))
+        before = after[at]
+    return torch.cat(pieces[::-1] if reverse else pieces)
+
+
+def _hat(x: Tensor) -> Tensor:
+    return functional.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
+
+
+def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of `layer_forward`; arguments and results as `fastlm.kernels.cpu.lstm_variants`'s. Deterministic."""
+    input, w_ih, w_hh, b_ih, b_hh, ln_ih, ln_hh, ln_c, ln_c_bias, dropout, zoneout_h, zoneout_c = saved.tensors[:12]
+    h0, c0, output, cells, gates_x, gates_h = saved.tensors[12:]
+    assert input is not None and w_ih is not None and w_hh is not None and h0 is not None and c0 is not None
+    assert output is not None and cells is not None and gates_x is not None and gates_h is not None
+    layout = saved.batch_sizes, saved.reverse
+    grad_output, grad_h_n, grad_c_n = grads
+    grad_h, grad_c = (
+        torch.zeros_like(state) if grad is None else grad.clone(memory_format=torch.contiguous_format)
+        for state, grad in ((h0, grad_h_n), (c0, grad_c_n))
+    )
+    norm = ln_ih is not None
+    everywhere: dict[str, Tensor | None] = {
+        "gates_x": gates_x,
+        "gates_h": gates_h,
+        "h_prev": _previous(h0, output, *layout),
+        "c_prev": _previous(c0, cells, *layout),
+        "zoneout_h": zoneout_h,
+        "zoneout_c": zoneout_c,
+        "grad_sum": torch.empty_like(gates_x),
+        "grad_gates_x": torch.empty_like(gates_x) if norm else None,
+        "grad_gates_h": torch.empty_like(gates_x) if norm else None,
+        "grad_ln_c": torch.empty_like(cells) if norm else None,
+        "grad_ln_c_bias": torch.empty_like(cells) if norm else None,
+    }
+    parameters = {"b_ih": b_ih, "b_hh": b_hh, "ln_ih": ln_ih, "ln_hh": ln_hh, "ln_c": ln_c, "ln_c_bias": ln_c_bias}
+    grad_sum = everywhere["grad_sum"]
+    assert grad_sum is not None
+    grad_gates_h = everywhere["grad_gates_h"] if norm else grad_sum
+    assert grad_gates_h is not None
+    for at, running in reversed(list(_times(*layout))):
+        h, c = grad_h[:running], grad_c[:running]
+        if grad_output is not None:
+            h += grad_output[at]
+        tensors = {name: None if t is None else t[at] for name, t in everywhere.items()} | parameters
+        _launch("lstm_cell_backward", h, tensors | {"grad_h": h, "grad_c": c, "grad_h_prev": h, "grad_c_prev": c})
+        through = grad_gates_h[at] @ w_hh
+        h += through if dropout is None else through * dropout[:running]
+    grad_gates_x = everywhere["grad_gates_x"] if norm else grad_sum
+    h_prev = everywhere["h_prev"]
+    assert grad_gates_x is not None and h_prev is not None
+    if needs[2] and dropout is not None:
+        masks = torch.cat([dropout[:running] for running in saved.batch_sizes])
+        h_prev = h_prev * masks
+    of_bias = grad_sum.sum(0)
+
+    def of_gain(product: Tensor) -> Tensor:
+        return (grad_sum.float() * _hat(product)).sum(0).to(input.dtype)
+
+    of_c = [None if t is None else t.sum(0) for t in (everywhere["grad_ln_c"], everywhere["grad_ln_c_bias"])]
+    return (
+        grad_gates_x @ w_ih if needs[0] else None,
+        grad_gates_x.t() @ input if needs[1] else None,
+        grad_gates_h.t() @ h_prev if needs[2] else None,
+        of_bias if needs[3] else None,
+        of_bias.clone() if needs[4] else None,
+        of_gain(gates_x) if needs[5] else None,
+        of_gain(gates_h) if needs[6] else None,
+        *(grad if need else None for grad, need in zip(of_c, needs[7:9], strict=True)),
+        grad_h if needs[9] else None,
+        grad_c if needs[10] else None,
+    )
+
+
+def step(
+    input: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One step for few rows in one launch: input [B, I], h and c [B, H] -> the next h and c."""
+    tensors: dict[str, Tensor | None] = {"x": input, "h_prev": h, "c_prev": c, "w_ih": w_ih, "w_hh": w_hh}
+    tensors |= {"b_ih": b_ih, "b_hh": b_hh}
+    tensors = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
+    h_next, c_next = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (h, c))
+    with torch.cuda.device_of(h):
+        native.CUDA.require().lstm_step(
+            cuda.STORAGES[h.dtype],
+            input.shape[0],
+            input.shape[1],
+            h.shape[1],
+            cuda.addresses(tensors | {"h": h_next, "c": c_next}),
+            cuda.stream(h.device),
+        )
+    return h_next, c_next
