@@ -78,7 +78,8 @@ def test_automatic_precision_is_bfloat16_only_where_the_cpu_multiplies_it(monkey
     cpu = torch.device("cpu")
     for fast, width, expected in (
         (True, 768, "bfloat16"),
-        (True, 128, "float32"),
+        (True, 128, "bfloat16"),
+        (True, 64, "float32"),
         (True, None, "float32"),
         (False, 768, "float32"),
     ):
