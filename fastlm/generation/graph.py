@@ -40,7 +40,7 @@ class Graph:
             `watched`, and is waited for after each step. None: the device runs ahead by several steps.
 
     Raises:
-        CaptureError: CUDA can't record the step; it has run once.
+        CaptureError: CUDA can't record the step, or a value is below 0; it has run once.
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class Graph:
         with torch.cuda.stream(stream), native.recording_on_device():
             first = step()
         torch.cuda.current_stream().wait_stream(stream)
+        if after is None and bool((watched < 0).any()):
+            raise CaptureError("the sampler refused its input")  # run op by op, the step says why
         self._graph: Any = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self._graph), native.recording_on_device():

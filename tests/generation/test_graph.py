@@ -124,6 +124,9 @@ def _counter(graphs: type[CudaGraph], step: Any = None) -> tuple[Graph, Tensor, 
 
 
 def test_a_graph_of_a_counter(graphs: type[CudaGraph]) -> None:
+    with pytest.raises(CaptureError, match="refused its input"):
+        refused = torch.zeros(1, dtype=torch.int64)
+        Graph(lambda: refused.fill_(-1), refused, lambda: lambda: None)
     graph, count, seen = _counter(graphs)
     assert (int(count), int(seen), float(graph.result)) == (1, 1, 2.0)
     assert graph.run(3) == [[2], [3], [4]]
