@@ -8,7 +8,8 @@
 // The products are summed in k order in blocks of kBlock, whatever the number of rows: a row's result never depends
 // on the rows beside it. (Block sums also keep the error of a long sum near that of a short one.)
 //
-// Weights are float, or bfloat16 (uint16_t) at half the bytes; rows and sums are float either way.
+// Weights are float, or bfloat16 (uint16_t) at half the bytes; rows and sums are float either way. Of bfloat16 two
+// values of k lie in the halves of a lane's word, [panels][ceil(k / 2)][4][lanes][2]: a shift and a mask widen them.
 #pragma once
 
 #include "convert.h"
@@ -42,8 +43,29 @@ struct Rows {
   const float* operator[](int64_t i) const { return (i < split ? first : rest) + i * stride; }
 };
 
-FASTLM_INLINE vf load_weights(const float* p) { return load(p); }
-FASTLM_INLINE vf load_weights(const uint16_t* p) { return load_bfloats(p); }
+// Numbers in a panel of k by `columns`.
+template <typename W>
+FASTLM_INLINE int64_t panel_size(int64_t k, int64_t columns) {
+  return (sizeof(W) == 2 ? (k + 1) / 2 * 2 : k) * columns;
+}
+
+// A vector of weights of one k, for bfloat16 of two.
+FASTLM_INLINE void load_weights(const float* p, vf& first, vf&) { first = load(p); }
+FASTLM_INLINE void load_weights(const uint16_t* p, vf& first, vf& second) {
+  const vi words = as_int(load_as<vf>(p));
+  first = as_float(words << 16);
+  second = as_float(words & static_cast<int32_t>(0xffff0000));
+}
+
+template <int R, int V>
+FASTLM_INLINE void accumulate(vf (&sum)[R][V], const float* const* rows, int64_t k, const vf (&weight)[V]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const vf x = broadcast(rows[r][k]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] += x * weight[v];
+  }
+}
 
 // out[r][slot][lanes] += sum over k < n of rows[r][k] * panel[k][v][lanes], for R rows and V vectors. Vector v goes to
 // slot v, the last one to slot Last.
@@ -59,19 +81,16 @@ static __attribute__((noinline)) void panel_tile(const float* const* rows, const
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = vf{};
-  for (int64_t k = 0; k < n; ++k, panel += V * kLanes) {
+  constexpr int kSteps = sizeof(W) == 2 ? 2 : 1;  // values of k at a time
+  for (int64_t k = 0; k < n; k += kSteps, panel += V * kSteps * kLanes) {
     if (Fetch)
-      for (int line = 0; line < V * kLanes; line += 64 / sizeof(W))
+      for (int line = 0; line < V * kSteps * kLanes; line += 64 / sizeof(W))
         __builtin_prefetch(panel + 4096 / sizeof(W) + line);
-    vf weight[V];
+    vf first[V], second[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) weight[v] = load_weights(panel + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const vf x = broadcast(rows[r][k]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] += x * weight[v];
-    }
+    for (int v = 0; v < V; ++v) load_weights(panel + v * kSteps * kLanes, first[v], second[v]);
+    accumulate(sum, rows, k, first);
+    if (kSteps == 2 && k + 1 < n) accumulate(sum, rows, k + 1, second);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)

@@ -47,7 +47,7 @@
   X(int64_t, norm_backward_scratch, (const NormBackward& a), (a))                   \
   X(void, pack_panels, (const PackPanels& a), (a))                                  \
   X(void, rotary, (const Rotary& a), (a))                                           \
-  X(int64_t, packed_size, (int64_t k, int64_t n, int64_t gates), (k, n, gates))     \
+  X(int64_t, packed_size, (int64_t k, int64_t n, int64_t gates, bool bfloat), (k, n, gates, bfloat)) \
   X(void, lstm_forward, (const LstmForward& a), (a))                                \
   X(int64_t, lstm_forward_scratch, (int64_t b, int64_t h, int64_t p, bool project, bool save), \
     (b, h, p, project, save))                                                       \

@@ -82,7 +82,7 @@ class Forward {
 
  private:
   static const W* panel(const void* weights, int64_t index, int64_t k) {
-    return static_cast<const W*>(weights) + index * k * kPanel;
+    return static_cast<const W*>(weights) + index * panel_size<W>(k, kPanel);
   }
 
   void hidden_panel(const Walk& step, int64_t u, float* gates) {
@@ -258,7 +258,6 @@ void lstm_backward(const LstmBackward& args) {
 
 template <typename W>
 static void cell_as(const LstmCell& a) {
-  const auto *w_ih = static_cast<const W*>(a.w_ih), *w_hh = static_cast<const W*>(a.w_hh);
   constexpr int64_t kTile = 48;  // rows at a time: their gates stay in the level-1 cache
   const int64_t panels = panels_for(a.hidden, kLanes);
   const int team = useful_threads(a.threads, a.batch * 4 * a.hidden * (a.inputs + a.hidden), panels);
@@ -268,13 +267,13 @@ static void cell_as(const LstmCell& a) {
     sweep(share(panels, thread, threads), back, [&](int64_t u) {
       const int64_t at = u * kLanes;
       const int n = lanes_left(a.hidden, at);
+      const W* const w_ih = static_cast<const W*>(a.w_ih) + u * panel_size<W>(a.inputs, kPanel);
+      const W* const w_hh = static_cast<const W*>(a.w_hh) + u * panel_size<W>(a.hidden, kPanel);
       for (int64_t low = 0; low < a.batch; low += kTile) {
         const int64_t rows = a.batch - low < kTile ? a.batch - low : kTile;
         fill_bias(gates, a.bias + u * kPanel, rows);
-        panel_product({a.input + low * a.inputs, nullptr, rows, a.inputs}, rows, w_ih + u * a.inputs * kPanel, a.inputs,
-                      gates, kPanel);
-        panel_product({a.h + low * a.hidden, nullptr, rows, a.hidden}, rows, w_hh + u * a.hidden * kPanel, a.hidden,
-                      gates, kPanel);
+        panel_product({a.input + low * a.inputs, nullptr, rows, a.inputs}, rows, w_ih, a.inputs, gates, kPanel);
+        panel_product({a.h + low * a.hidden, nullptr, rows, a.hidden}, rows, w_hh, a.hidden, gates, kPanel);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t cell = (low + i) * a.hidden + at;
           const vf h = update(gates + i * kPanel, a.c + cell, a.c_out + cell, n);

@@ -9,6 +9,7 @@ namespace {
 
 template <typename W>
 void pack_as(const PackPanels& a) {
+  constexpr int64_t kSteps = sizeof(W) == 2 ? 2 : 1;  // values of k that lie beside each other
   const bool by_gates = a.gates != 0;
   const int64_t units = by_gates ? a.n / a.gates : a.n;
   const int64_t per_panel = by_gates ? kLanes : kPanel;
@@ -19,7 +20,7 @@ void pack_as(const PackPanels& a) {
   constexpr int64_t kTile = 16;  // a cache line of the source, when it is read along k
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1)
   for (int64_t p = 0; p < panels; ++p) {
-    W* panel = static_cast<W*>(a.packed) + p * a.k * vectors * kLanes;
+    W* panel = static_cast<W*>(a.packed) + p * panel_size<W>(a.k, vectors * kLanes);
     for (int64_t k0 = 0; k0 < a.k; k0 += kTile) {
       const int64_t k1 = k0 + kTile < a.k ? k0 + kTile : a.k;
       for (int64_t v = 0; v < vectors; ++v) {
@@ -28,14 +29,15 @@ void pack_as(const PackPanels& a) {
         valid = valid < 0 ? 0 : valid < kLanes ? valid : kLanes;
         const W* source = static_cast<const W*>(a.source) + (p * per_panel + v * between) * a.stride_n;
         for (int64_t k = k0; k < k1; ++k) {
-          W* to = panel + (k * vectors + v) * kLanes;
+          W* to = panel + (k / kSteps * vectors + v) * kLanes * kSteps + k % kSteps;
           const W* from = source + k * a.stride_k;
           if (valid < kLanes) {
-            for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = lane < valid ? from[lane * a.stride_n] : W{};
-          } else if (a.stride_n == 1) {
+            for (int64_t lane = 0; lane < kLanes; ++lane)
+              to[lane * kSteps] = lane < valid ? from[lane * a.stride_n] : W{};
+          } else if (kSteps == 1 && a.stride_n == 1) {
             std::memcpy(to, from, kLanes * sizeof(W));
           } else {
-            for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = from[lane * a.stride_n];
+            for (int64_t lane = 0; lane < kLanes; ++lane) to[lane * kSteps] = from[lane * a.stride_n];
           }
         }
       }
@@ -47,8 +49,9 @@ void pack_as(const PackPanels& a) {
 
 void pack_panels(const PackPanels& a) { a.bfloat ? pack_as<uint16_t>(a) : pack_as<float>(a); }
 
-int64_t packed_size(int64_t k, int64_t n, int64_t gates) {
-  return gates != 0 ? panels_for(n / gates, kLanes) * gates * kLanes * k : panels_for(n, kPanel) * kPanel * k;
+int64_t packed_size(int64_t k, int64_t n, int64_t gates, bool bfloat) {
+  const int64_t columns = gates != 0 ? panels_for(n / gates, kLanes) * gates * kLanes : panels_for(n, kPanel) * kPanel;
+  return bfloat ? panel_size<uint16_t>(k, columns) : panel_size<float>(k, columns);
 }
 
 }  // namespace FASTLM_ISA

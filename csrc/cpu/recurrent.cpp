@@ -94,14 +94,15 @@ class Layer {
 
   void input_panel(int64_t u, int64_t low, int64_t high) {
     fill_bias(sums(u), a.bias + u * kPanel, high - low);
-    Cell::input_product({a.input + low * a.inputs, nullptr, high - low, a.inputs}, high - low,
-                        static_cast<const W*>(a.w_ih) + u * a.inputs * Cell::kVectors * kLanes, a.inputs, sums(u));
+    const W* const panel = static_cast<const W*>(a.w_ih) + u * panel_size<W>(a.inputs, Cell::kVectors * kLanes);
+    const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
+    Cell::input_product(input, high - low, panel, a.inputs, sums(u));
   }
 
   void hidden_panel(const Walk& step, int64_t u, int64_t low) {
     const Rows h = state_before(step, a.output, a.h0, a.hidden);
     float* at_step = sums(u) + (step.begin - low) * kPanel;
-    const W* const panel = static_cast<const W*>(a.w_hh) + u * a.hidden * Cell::kVectors * kLanes;
+    const W* const panel = static_cast<const W*>(a.w_hh) + u * panel_size<W>(a.hidden, Cell::kVectors * kLanes);
     Cell::hidden_product(h, step.rows(), panel, a.hidden, at_step);
     const int64_t at = u * Cell::kUnits, left = a.hidden - at;
     const int64_t units = left < Cell::kUnits ? left : Cell::kUnits;

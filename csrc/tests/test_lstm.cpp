@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "check.h"
@@ -246,6 +247,35 @@ FASTLM_TEST(lstm_cell_gives_the_bits_of_the_layer) {
                          w_hh.data(), bias.data(), h.data(), c.data(), output.data(), 2});
       CHECK(same(h, layer.h_n) && same(c, layer.c_n) && same(output, layer.h_n));
     }
+}
+
+// Of bfloat16 weights the bits of their float values; odd k ends in half a word.
+FASTLM_TEST(lstm_cell_takes_bfloat_weights) {
+  const auto packed_bfloat = [](const std::vector<uint16_t>& source, int64_t k, int64_t n) {
+    std::vector<uint16_t> out(fastlm::packed_size(k, n, 4, true), 0x7fc0);  // NaN
+    fastlm::pack_panels({source.data(), k, n, 1, k, 4, out.data(), 2, true});
+    return out;
+  };
+  for (int64_t hidden : {1, 17, 160}) {
+    const int64_t inputs = 33, batch = 7;
+    Layer l = make_layer(inputs, hidden, 0, {batch}, false);
+    std::vector<uint16_t> halves[2];
+    for (int which = 0; which < 2; ++which)
+      for (float& w : which == 0 ? l.w_ih : l.w_hh) {
+        uint32_t bits;
+        std::memcpy(&bits, &w, sizeof(bits));
+        halves[which].push_back(static_cast<uint16_t>(bits >> 16));
+        bits &= 0xffff0000;
+        std::memcpy(&w, &bits, sizeof(bits));
+      }
+    const Native want = forward(l, false, 2);
+    const auto w_ih = packed_bfloat(halves[0], inputs, 4 * hidden), w_hh = packed_bfloat(halves[1], hidden, 4 * hidden);
+    const Floats bias = packed(l.bias, 1, 4 * hidden, 0, 1, 4);
+    Floats h = unwritten(batch * hidden), c = l.c0;
+    fastlm::lstm_cell({batch, inputs, hidden, l.input.data(), l.h0.data(), c.data(), true, w_ih.data(), w_hh.data(),
+                       bias.data(), h.data(), c.data(), nullptr, 2});
+    CHECK(same(h, want.h_n) && same(c, want.c_n));
+  }
 }
 
 FASTLM_TEST(lstm_packing_is_a_permutation_with_zeros) {

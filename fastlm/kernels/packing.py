@@ -33,10 +33,11 @@ def pack(matrix: Tensor, *, gates: int = 0) -> Tensor:
     """
     module = native.CPU.require()
     k, n = matrix.shape
-    packed = torch.empty(module.packed_size(k, n, gates), dtype=matrix.dtype)
+    bfloat = matrix.dtype is torch.bfloat16
+    packed = torch.empty(module.packed_size(k, n, gates, bfloat), dtype=matrix.dtype)
     stride_k, stride_n = matrix.stride()
     addresses = matrix.data_ptr(), k, n, stride_k, stride_n, gates, packed.data_ptr()
-    module.pack_panels(*addresses, native.num_threads(), matrix.dtype is torch.bfloat16)
+    module.pack_panels(*addresses, native.num_threads(), bfloat)
     return packed
 
 

@@ -18,7 +18,8 @@ struct PackPanels {
 };
 void pack_panels(const PackPanels& args);
 
-// Numbers in a packed matrix: ceil((n / gates) / L) panels of k * gates * L, or ceil(n / (4L)) of k * 4L without gates.
-int64_t packed_size(int64_t k, int64_t n, int64_t gates);
+// Numbers in a packed matrix: ceil((n / gates) / L) panels of k * gates * L, or ceil(n / (4L)) of k * 4L without gates;
+// of bfloat16, k made even.
+int64_t packed_size(int64_t k, int64_t n, int64_t gates, bool bfloat = false);
 
 }  // namespace fastlm
