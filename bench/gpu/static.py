@@ -61,7 +61,7 @@ class Job:
         if self.source.endswith(".cu"):
             source = _REPOSITORY / self.source
             include = [_REPOSITORY / "csrc" / "include", source.parent]
-            key = _hash(self.target, compiled.tool("nvcc"), *_texts(source.parent, include[0]))
+            key = _hash(self.source, self.target, compiled.tool("nvcc"), *_texts(source.parent, include[0]))
             return _cached(
                 key, lambda: [(n, f.to_dict()) for n, f in compiled.compile_cuda(source, include, self.target)]
             )
