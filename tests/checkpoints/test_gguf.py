@@ -65,7 +65,7 @@ def test_fast_is_nearly_exact(kind: str, tmp_path: Path) -> None:
 def test_tests_can_fail(tmp_path: Path) -> None:
     peer = llama()
     model = load_gguf(write(tmp_path / "m.gguf", peer, "Q8_0"), compute="exact").model
-    object.__setattr__(model.config, "rope_interleaved", False)
+    model.rotary.interleaved = False
     with pytest.raises(AssertionError):
         expect_same(model, peer)
 
