@@ -197,7 +197,7 @@ def cases() -> Iterator[Case]:
             {**same, "precision": precision},
             0.02,
             1.5,
-            f"same model (GELU by tanh in ours), data and iterations, the peer in float32; ours in {precision}, its own choice here",
+            f"same model (ours with GELU by tanh), data, iterations; the peer in float32, ours in {precision}",
         ),
         (
             "recipe",
