@@ -1,8 +1,8 @@
 """A small model that guesses what a large one is going to say.
 
 Leviathan et al., 2022, https://arxiv.org/abs/2211.17192. The draft draws with the very random numbers that the large
-model is going to draw with, so where the two distributions are close, so are the tokens, at any temperature. It may be
-of another family, an LSTM for a Transformer; or the large model itself with fewer bits (`quantized_copy`).
+model is going to draw with, which makes the same token likelier than chance; greedy text agrees most. It may be of
+another family, an LSTM for a Transformer; or the large model itself with fewer bits (`quantized_copy`).
 """
 
 from __future__ import annotations

@@ -13,16 +13,12 @@ for the lengths' values, and the launches fit a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels.triton.shipped import TARGETS, Shipped, Work
-
-__all__ = ["attention_decode", "attention_paged", "shipped"]
+__all__ = ["CHUNK", "attention_decode", "attention_paged", "combine_chunks", "decode_chunk", "tile"]
 
 CHUNK = 256
 """Keys of a chunk. Smaller ones fill the GPU sooner and leave more to combine: a chunk leaves 4 (D + 2) bytes a query
@@ -47,7 +43,7 @@ def _float8(codes):
 
 
 @triton.jit
-def _decode(
+def decode_chunk(
     query,
     keys,
     values,
@@ -179,7 +175,7 @@ def _decode(
 
 
 @triton.jit
-def _combine(
+def combine_chunks(
     partial,
     largest,
     total,
@@ -334,7 +330,7 @@ def _launch(
         largest, total = query.new_empty((2, batch, tokens, heads, chunks), dtype=torch.float32)
         partial = query.new_empty((batch, tokens, heads, chunks, dim), dtype=torch.float32)
     blocks = triton.cdiv(tokens * group, sizes["BLOCK_M"])
-    _decode[(batch * kv_heads * blocks, chunks)](
+    decode_chunk[(batch * kv_heads * blocks, chunks)](
         query,
         keys,
         values,
@@ -370,7 +366,7 @@ def _launch(
     )
     if chunk:
         block_d = min(sizes["PADDED"], 64)
-        _combine[(batch * tokens * heads, triton.cdiv(dim, block_d))](
+        combine_chunks[(batch * tokens * heads, triton.cdiv(dim, block_d))](
             partial,
             largest,
             total,
@@ -389,114 +385,3 @@ def _launch(
             num_warps=4,
         )
     return output.transpose(1, 2)
-
-
-_WORD = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-def shipped() -> Iterator[Shipped]:
-    """What `attention_decode` and `attention_paged` launch for the usual heads, one new token and a group of 4."""
-    for dtype, dim in (("bf16", 64), ("bf16", 80), ("bf16", 128), ("fp16", 128), ("bf16", 256), ("fp32", 64)):
-        yield _shipped(dtype, dim, "own", "", chunk=0)
-        yield _shipped(dtype, dim, "rows", "")
-    for dim in (64, 128):
-        yield _shipped("bf16", dim, "pages", "")
-        yield _shipped("bf16", dim, "pages", "native", targets=("sm_90", "sm_100"))
-        yield _shipped("bf16", dim, "pages", "bits", targets=("sm_80", "sm_86", "gfx942"))
-        yield _shipped("bf16", dim, "rows", "", tokens=16, options=True)
-    yield _shipped("fp32", 256, "rows", "", tokens=16, options=True)
-    for dtype, dim, chunks in (("bf16", 64, 8), ("bf16", 128, 64), ("fp32", 256, 64)):
-        yield Shipped(
-            name=f"attention_decode combine {dtype} d{dim} chunks{chunks}",
-            kernel=_combine,
-            signature={
-                **dict.fromkeys(("partial", "largest", "total"), "*fp32"),
-                "output": f"*{dtype}",
-                "lengths": "*i64",
-                **dict.fromkeys(("window", "tokens", "capacity", "chunks"), "i32"),
-            },
-            constants={
-                "HEADS": 32,
-                "DIM": dim,
-                "BLOCK_D": min(dim, 64),
-                "CHUNK": CHUNK,
-                "CHUNKS": chunks,
-                "WINDOW": False,
-            },
-            num_warps=4,
-            num_stages=2,
-            divisible_by_16=("partial", "largest", "total", "output", "lengths"),
-            work=Work(exponentials=chunks, bytes=4 * chunks * (min(dim, 64) + 2)),
-        )
-
-
-def _shipped(
-    dtype: str,
-    dim: int,
-    cache: str,
-    float8: str,
-    chunk: int = CHUNK,
-    tokens: int = 1,
-    options: bool = False,
-    targets: tuple[str, ...] = TARGETS,
-) -> Shipped:
-    group = 4
-    size = _WORD[dtype]
-    sizes = tile(tokens * group, dim, size)
-    warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-    stored = {"": f"*{dtype}", "native": "*fp8e4nv", "bits": "*u8"}[float8]
-    pointers = {
-        "query": f"*{dtype}",
-        "keys": stored,
-        "values": stored,
-        "output": "*fp32" if chunk else f"*{dtype}",
-        "largest": "*fp32" if chunk else None,
-        "total": "*fp32" if chunk else None,
-        "lengths": "*i64",
-        "index": None if cache == "own" else "*i64",
-        "slopes": "*fp32" if options else None,
-        "key_scale": "*fp32" if float8 else None,
-        "value_scale": "*fp32" if float8 else None,
-    }
-    signature = {name: kind for name, kind in pointers.items() if kind is not None}
-    # Triton takes an integer of 1 for a constant: the usual one new token, and rows that lie one after the other.
-    ones = [name for name, one in (("tokens", tokens == 1), ("stride_ib", cache == "rows")) if one]
-    strides = [f"stride_{t}" for t in ("qb", "qh", "qt", "kr", "kh", "ks", "vr", "vh", "vs", "ib", "slopes")]
-    m, n = sizes["BLOCK_M"], sizes["BLOCK_N"]
-    return Shipped(
-        name=f"attention_decode {dtype} d{dim} {cache}"
-        + "".join(f" {word}" for word in (float8 and f"float8 {float8}", "split" if chunk else "") if word)
-        + (f" t{tokens} window softcap alibi" if options else ""),
-        kernel=_decode,
-        signature={
-            **signature,
-            "factor": "fp32",
-            "softcap": "fp32",
-            **dict.fromkeys((name for name in ("window", "tokens", "capacity", *strides) if name not in ones), "i32"),
-        },
-        constants={
-            **dict.fromkeys(ones, 1),
-            **{name: None for name, kind in pointers.items() if kind is None},
-            **sizes,
-            "KV_HEADS": 8,
-            "GROUP": group,
-            "DIM": dim,
-            "CHUNK": chunk,
-            "CACHE": cache,
-            "PAGE": 16 if cache == "pages" else 0,
-            "FLOAT8": float8,
-            "WINDOW": options,
-            "SOFTCAP": options,
-            "ALIBI": options,
-        },
-        num_warps=warps,
-        num_stages=stages,
-        targets=targets,
-        divisible_by_16=(*signature, "capacity", *strides[:-2]),
-        work=Work(
-            tensor_flops=4 * m * n * sizes["PADDED"],
-            exponentials=m * n + m,
-            bytes=2 * n * dim * (1 if float8 else size),
-            streamed=True,
-        ),
-    )
