@@ -11,10 +11,10 @@ _SHAPES = pytest.mark.parametrize("shape", [(1, 576), (512, 768)], ids=str)
 
 
 @_SHAPES
-@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"])
 def test_norm(race: Callable[..., None], name: str, shape: tuple[int, int]) -> None:
-    weights = [torch.randn(shape[-1]) for _ in range(1 if name == "rms_norm" else 2)]
-    race(name, torch.randn(shape), *weights)
+    weights = [torch.randn(shape[-1]) for _ in range(1 if name.endswith("rms_norm") else 2)]
+    race(name, *(torch.randn(shape) for _ in range(1 + name.startswith("add"))), *weights)
 
 
 @_SHAPES

@@ -29,8 +29,20 @@ FASTLM_INLINE float sum_over(const float* x, int64_t n, float fill, F f) {
 }
 
 template <bool Bfloats>
+FASTLM_INLINE void add(const float* x, const void* added, float* sum, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    At<false>::store(sum, i, n, load_until(x, i, n, 0.0f) + At<Bfloats>::load(added, i, n));
+}
+
+template <bool Bfloats>
 FASTLM_INLINE void normalise(const Norm& a, int64_t row) {
   const float* x = a.input + row * a.dim;
+  if (a.added) {
+    float* sum = a.sum + row * a.dim;
+    const char* added = static_cast<const char*>(a.added) + row * a.dim * (a.added_bfloats ? 2 : 4);
+    a.added_bfloats ? add<true>(x, added, sum, a.dim) : add<false>(x, added, sum, a.dim);
+    x = sum;
+  }
   void* y = static_cast<char*>(a.output) + row * a.dim * (Bfloats ? 2 : 4);
   const float count = static_cast<float>(a.dim);
   const auto same = [](vf v) __attribute__((always_inline)) { return v; };
@@ -51,7 +63,7 @@ FASTLM_INLINE void normalise(const Norm& a, int64_t row) {
 }
 
 // With n = (x - mean) * scale and g = grad_output * weight: scale * (g - mean(g) - n mean(g n)); without centring
-// mean(g) is left out. Adds grad_output * n and grad_output to `weight` and `bias`, where they are not null.
+// mean(g) is left out. To that comes grad_sum. Adds grad_output * n and grad_output to `weight` and `bias`, where they are not null.
 template <bool Bfloats>
 FASTLM_INLINE void differentiate(const NormBackward& a, int64_t row, float* weight, float* bias) {
   const float* x = a.input + row * a.dim;
@@ -75,7 +87,9 @@ FASTLM_INLINE void differentiate(const NormBackward& a, int64_t row, float* weig
     vf g = At<Bfloats>::load(grad, i, a.dim);
     if (a.weight) g *= load_until(a.weight, i, a.dim, 0.0f);
     const vf n = (load_until(x, i, a.dim, mean) - mean) * scale;
-    At<false>::store(to, i, a.dim, (g - mean_grad - n * mean_product) * scale);
+    vf result = (g - mean_grad - n * mean_product) * scale;
+    if (a.grad_sum) result += load_until(a.grad_sum + row * a.dim, i, a.dim, 0.0f);
+    At<false>::store(to, i, a.dim, result);
   }
 }
 

@@ -113,3 +113,39 @@ FASTLM_TEST(norm_gradients_every_length) {
           for (int64_t i = 0; i < dim; ++i) CHECK(only[i] == db[i]);
         }
 }
+
+// Normalising a sum, floats or bfloat16 being added, and its gradient: the bits of the addition and the norm apart.
+FASTLM_TEST(norm_of_a_sum) {
+  for (bool centre : {false, true})
+    for (bool half : {false, true})
+      for (int64_t dim : {1, 5, 16, 17, 65, 200})
+        for (int threads : {1, 3}) {
+          const int64_t rows = 40, n = rows * dim;
+          Problem p(rows, dim, centre);
+          std::vector<float> floats(n), want(n), sum(n + 16, -7.0f), y(n), plain(n), statistics(2 * rows), again(2 * rows);
+          std::vector<uint16_t> bfloats(n);
+          for (int64_t i = 0; i < n; ++i) {
+            bfloats[i] = static_cast<uint16_t>(0x3e80 + i % 97);
+            floats[i] = from_bfloat(bfloats[i]);
+            want[i] = p.x[i] + floats[i];
+          }
+          const void* added = half ? static_cast<const void*>(bfloats.data()) : floats.data();
+          fastlm::norm({p.x.data(), p.w.data(), p.b.data(), y.data(), statistics.data(), rows, dim, p.eps, centre, false,
+                        threads, added, sum.data(), half});
+          fastlm::norm({want.data(), p.w.data(), p.b.data(), plain.data(), again.data(), rows, dim, p.eps, centre, false,
+                        1});
+          CHECK(std::memcmp(sum.data(), want.data(), n * sizeof(float)) == 0);
+          CHECK(y == plain && statistics == again);
+          for (int64_t i = n; i < n + 16; ++i) CHECK(sum[i] == -7.0f);
+          std::vector<float> dx(n + 16, -7.0f), apart(n), upstream(n);
+          for (int64_t i = 0; i < n; ++i) upstream[i] = 0.25f * static_cast<float>(i % 13);
+          fastlm::NormBackward a{p.g.data(), sum.data(), p.w.data(), statistics.data(), apart.data(), nullptr, nullptr,
+                                 nullptr, rows, dim, centre, false, threads};
+          fastlm::norm_backward(a);
+          a.grad_input = dx.data(), a.grad_sum = upstream.data();
+          fastlm::norm_backward(a);
+          for (int64_t i = 0; i < n; ++i)
+            CHECK(std::abs(dx[i] - (apart[i] + upstream[i])) <= 1e-6 * (1 + std::abs(upstream[i]) + std::abs(apart[i])));
+          for (int64_t i = n; i < n + 16; ++i) CHECK(dx[i] == -7.0f);
+        }
+}

@@ -147,12 +147,17 @@ class CausalLM(nn.Module):
             return self.output(hidden)
         return ops.linear(hidden, self.embedding.weight, self.head_bias)
 
-    def run_layer(self, layer: nn.Module, x: Tensor, *context: Any) -> Tensor:
-        """layer(x, *context), recomputed in the backward pass where `recompute` asks for it."""
+    def run_layer(
+        self, layer: nn.Module, branch: Tensor, x: Tensor | None, *context: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """layer(branch, x, *context), recomputed in the backward pass where `recompute` asks for it."""
+        result: tuple[Tensor, Tensor | None]
         if self.recompute and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(layer, x, *context, use_reentrant=False)
+            # Added up here, there is one tensor to keep, not two.
+            total = branch if x is None else branch + x
+            result = checkpoint(layer, total, None, *context, use_reentrant=False)
         else:
-            result = layer(x, *context)
+            result = layer(branch, x, *context)
         return result
 
     @property

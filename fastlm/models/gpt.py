@@ -68,12 +68,14 @@ class GPTLayer(nn.Module):
         self.mlp_norm = LayerNorm(size, eps=config.layer_norm_eps, bias=bias)
         self.mlp = MLP(size, config.intermediate_size or 4 * size, bias=bias)
 
-    def forward(self, x: Tensor, rotary: RotaryTables | None, step: KVStep | None, layer: int) -> Tensor:
-        """x [B, T, hidden_size] to the same."""
-        x = x + functional.dropout(
-            self.attention(self.attention_norm(x), rotary, step, layer), self.dropout, self.training
-        )
-        return x + functional.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+    def forward(
+        self, branch: Tensor, x: Tensor | None, rotary: RotaryTables | None, step: KVStep | None, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """The layer at branch + x, each [B, T, hidden_size], as such a pair: what follows adds and normalises."""
+        h, x = self.attention_norm.add(branch, x)
+        branch = functional.dropout(self.attention(h, rotary, step, layer), self.dropout, self.training)
+        h, x = self.mlp_norm.add(branch, x)
+        return functional.dropout(self.mlp(h), self.dropout, self.training), x
 
 
 class GPT(CausalLM):
@@ -100,17 +102,18 @@ class GPT(CausalLM):
         if state is not None:
             assert isinstance(state, KVCache)
             step = state.step(batch, count, rows)
-        x, tables = self.embedding(input_ids), None
+        x, tables, device = None, None, input_ids.device
+        branch = self.embedding(input_ids)
         if self.rotary is not None:
-            tables = RotaryTables.of(self.rotary, count, step, x.device)
+            tables = RotaryTables.of(self.rotary, count, step, device)
         elif self.positions is not None:
-            x = x + self.positions(torch.arange(count, device=x.device) if step is None else step.positions())
-        x = functional.dropout(x, self.config.dropout, self.training)
+            branch = branch + self.positions(torch.arange(count, device=device) if step is None else step.positions())
+        branch = functional.dropout(branch, self.config.dropout, self.training)
         for index, layer in enumerate(self.layers):
-            x = self.run_layer(layer, x, tables, step, index)
+            branch, x = self.run_layer(layer, branch, x, tables, step, index)
         if state is not None:
             state.advance(count, rows)
-        return self.norm(x)
+        return self.norm.add(branch, x)[0]
 
     def make_state(self, rows: int, max_length: int | None = None, *, kv_dtype: torch.dtype | None = None) -> KVCache:
         """An empty KV cache; see `CausalLM.make_state`."""

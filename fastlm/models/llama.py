@@ -103,10 +103,13 @@ class LlamaLayer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, rotary: RotaryTables, step: KVStep | None, layer: int) -> Tensor:
-        """x [B, T, hidden_size] to the same."""
-        x = x + self.attention(self.attention_norm(x), rotary, step, layer)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, branch: Tensor, x: Tensor | None, rotary: RotaryTables, step: KVStep | None, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """The layer at branch + x, each [B, T, hidden_size], as such a pair: what follows adds and normalises."""
+        h, x = self.attention_norm.add(branch, x)
+        h, x = self.mlp_norm.add(self.attention(h, rotary, step, layer), x)
+        return self.mlp(h), x
 
 
 class Llama(CausalLM):
@@ -127,17 +130,17 @@ class Llama(CausalLM):
     def hidden(self, input_ids: Tensor, state: State | None = None, rows: Rows = None) -> Tensor:
         self.check_ids(input_ids)
         batch, count = input_ids.shape
-        x = self.embedding(input_ids)
+        branch, x = self.embedding(input_ids), None
         step = None
         if state is not None:
             assert isinstance(state, KVCache)
             step = state.step(batch, count, rows)
-        rotary = RotaryTables.of(self.rotary, count, step, x.device)
+        rotary = RotaryTables.of(self.rotary, count, step, branch.device)
         for index, layer in enumerate(self.layers):
-            x = self.run_layer(layer, x, rotary, step, index)
+            branch, x = self.run_layer(layer, branch, x, rotary, step, index)
         if state is not None:
             state.advance(count, rows)
-        return self.norm(x)
+        return self.norm.add(branch, x)[0]
 
     def make_state(self, rows: int, max_length: int | None = None, *, kv_dtype: torch.dtype | None = None) -> KVCache:
         """An empty KV cache; see `CausalLM.make_state`."""

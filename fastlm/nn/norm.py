@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import layer_norm, rms_norm
+from fastlm.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = ["LayerNorm", "RMSNorm"]
 
@@ -24,6 +24,13 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
 class LayerNorm(torch.nn.LayerNorm):
     """`torch.nn.LayerNorm`, computed by `fastlm.ops.layer_norm`."""
 
+    def add(self, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of input + residual, and that sum; without a residual, of input alone."""
+        if residual is not None and input.shape[-1:] == self.normalized_shape:
+            return add_layer_norm(input, residual, self.weight, self.bias, eps=self.eps)
+        total = input if residual is None else input + residual
+        return self(total), total
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalises the last dimensions of input [..., *normalized_shape]."""
         if input.shape[-1:] == self.normalized_shape:
@@ -34,6 +41,13 @@ class LayerNorm(torch.nn.LayerNorm):
 
 class RMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm`, computed by `fastlm.ops.rms_norm`. As there, eps None means the input dtype's epsilon."""
+
+    def add(self, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of input + residual, and that sum; without a residual, of input alone."""
+        if residual is not None and input.shape[-1:] == self.normalized_shape and self.eps is not None:
+            return add_rms_norm(input, residual, self.weight, eps=self.eps)
+        total = input if residual is None else input + residual
+        return self(total), total
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimensions of input [..., *normalized_shape]."""

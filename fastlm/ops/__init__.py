@@ -1,6 +1,7 @@
 """The public ops: one file each, with its signature, checks, autograd, and the list of implementations."""
 
 from fastlm.ops.activation import gelu, swiglu
+from fastlm.ops.add_norm import add_layer_norm, add_rms_norm
 from fastlm.ops.attention import attention, attention_lse
 from fastlm.ops.attention_decode import attention_decode
 from fastlm.ops.attention_packed import packed_attention
@@ -23,6 +24,8 @@ from fastlm.ops.sample import sample
 __all__ = [
     "Explanation",
     "QuantizedTensor",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_decode",
     "attention_lse",

@@ -49,8 +49,8 @@ class _PackedAttention(torch.autograd.Function):
         query, key, value = _split(convert(packed, torch.float32), *heads)
         statistics: list[Tensor | None] = [None, None]
         if query_norm is not None:
-            query, statistics[0] = norm(query, query_norm, None, eps, centre=False, save=True)
-            key, statistics[1] = norm(key, key_norm, None, eps, centre=False, save=True)
+            query, statistics[0], _ = norm(query, query_norm, None, eps, centre=False, save=True)
+            key, statistics[1], _ = norm(key, key_norm, None, eps, centre=False, save=True)
         if rotary is not None:
             query, key = rotate(query, *rotary, None), rotate(key, *rotary, None)
         output, lse = kernel.attention(query, key, value, *options, save=True)

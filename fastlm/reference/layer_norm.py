@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["layer_norm"]
+__all__ = ["add_layer_norm", "layer_norm"]
 
 
 def layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -18,3 +18,11 @@ def layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.to(input.dtype)
+
+
+def add_layer_norm(
+    input: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The norm of input + residual, and that sum, in the wider of their dtypes."""
+    total = input + residual
+    return layer_norm(total, weight, bias, eps), total

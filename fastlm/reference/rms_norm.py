@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm"]
 
 
 def rms_norm(input: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -15,3 +15,9 @@ def rms_norm(input: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is not None:
         y = y * weight.to(y.dtype)
     return y.to(input.dtype)
+
+
+def add_rms_norm(input: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of input + residual, and that sum, in the wider of their dtypes."""
+    total = input + residual
+    return rms_norm(total, weight, eps), total

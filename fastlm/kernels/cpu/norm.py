@@ -23,15 +23,22 @@ def norm(
     centre: bool,
     dtype: torch.dtype = torch.float32,
     save: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    added: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias over the last dimension of float32 [..., dim].
 
-    Without `centre` the mean that is subtracted is 0. The result is float32 or bfloat16; with `save` comes what
-    `norm_backward` needs.
+    Without `centre` the mean that is subtracted is 0. x is the input, or its sum with `added`, float32 or bfloat16,
+    which then is returned too.
+
+    Returns:
+        The result, float32 or bfloat16; with `save` what `norm_backward` needs; the sum.
     """
     x = input.contiguous()
     w, b = (None if t is None else t.contiguous() for t in (weight, bias))
     output = torch.empty_like(x, dtype=dtype)
+    total = None
+    if added is not None:
+        added, total = added.contiguous(), torch.empty_like(x)
     dim = x.shape[-1]
     rows = x.numel() // dim if dim else 0
     statistics = x.new_empty(rows, 2) if save else None
@@ -47,8 +54,11 @@ def norm(
         centre,
         dtype is torch.bfloat16,
         native.num_threads(),
+        _address(added),
+        _address(total),
+        added is not None and added.dtype is torch.bfloat16,
     )
-    return output, statistics
+    return output, statistics, total
 
 
 def norm_backward(
@@ -59,8 +69,14 @@ def norm_backward(
     *,
     centre: bool,
     wants: tuple[bool, bool],
+    grad_total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of input, weight and bias, the last two where `wants` says so; grad_output is as norm's output."""
+    """The gradients of input, weight and bias, the last two where `wants` says so; grad_output is as norm's output.
+
+    Where something was added, `input` is the sum, `grad_total` its gradient from elsewhere, float32, and the first
+    result the gradient of either summand.
+    """
+    grad_total = None if grad_total is None else grad_total.contiguous()
     g, x = grad_output.contiguous(), input.contiguous()
     w = None if weight is None else weight.contiguous()
     grad_input = torch.empty_like(x)
@@ -79,5 +95,6 @@ def norm_backward(
         centre,
         g.dtype is torch.bfloat16,
         native.num_threads(),
+        _address(grad_total),
     )
     return grad_input, grad_weight, grad_bias
