@@ -134,7 +134,11 @@ def add_layer_norm(
     *,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`layer_norm` of input + residual, and that sum; the rest as in `add_rms_norm`, with a bias [dim]."""
+    """`layer_norm` of input + residual, and that sum, as in `add_rms_norm`; bias [dim] or None.
+
+    Raises:
+        ValueError: a shape is not as described there.
+    """
     _check("add_layer_norm", input, residual, weight=weight, bias=bias)
     run = _add_layer_norm if tracing() else ADD_LAYER_NORM
     result: tuple[Tensor, Tensor] = run(input, residual, weight, bias, eps)
