@@ -107,6 +107,14 @@ struct LstmGates {
     return {sigmoid(row.gate(unit)), sigmoid(row.gate(n + unit)), tanhf(row.gate(2 * n + unit)),
             sigmoid(row.gate(3 * n + unit))};
   }
+  // Gradients of what the four nonlinearities take. of_c: of i g + f c_prev, whatever ways lead there; of_h: of the new
+  // h = o * squashed.
+  FASTLM_DEVICE void gradients(float of_c, float of_h, float c_prev, float squashed, float (&sums)[4]) const {
+    sums[0] = of_c * g * i * (1 - i);
+    sums[1] = of_c * c_prev * f * (1 - f);
+    sums[2] = of_c * i * (1 - g * g);
+    sums[3] = of_h * squashed * o * (1 - o);
+  }
 };
 
 // Dynamic shared memory: [hidden] floats with ln_c.
@@ -183,9 +191,8 @@ __global__ void __launch_bounds__(kCellThreads, 3) lstm_cell_backward_kernel(Lst
     const float new_h = of_h * (1 - keep_h);
     const float through_h = a.ln_c == nullptr ? grad_of_normed(u, gates, squashed) : grad_c[u];
     const float grad = of_c * (1 - keep_c) + through_h;
-    const float sums[4] = {grad * gates.g * gates.i * (1 - gates.i), grad * c_prev * gates.f * (1 - gates.f),
-                           grad * gates.i * (1 - gates.g * gates.g),
-                           new_h * squashed * gates.o * (1 - gates.o)};
+    float sums[4];
+    gates.gradients(grad, new_h, c_prev, squashed, sums);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       put<T>(args.grad_sum, 4 * start + k * n + u, sums[k]);

@@ -18,15 +18,16 @@ struct alignas(sizeof(T) * V) Pack {
 };
 
 // sums[r * 4 + gate] += w[gate] . x[r] over n elements, a multiple of V; the rows of w are `w_stride` apart, those of x
-// `x_stride`. Rows from `rows` on repeat the first and mean nothing.
+// `x_stride`. Rows from `rows` on repeat the first and mean nothing, and so do those of w from `gates` on.
 template <int R, int V, typename T>
 FASTLM_DEVICE void multiply(const T* w, int64_t w_stride, const T* x, int64_t x_stride, int rows, int64_t n,
-                            float (&sums)[4 * R]) {
+                            float (&sums)[4 * R], int gates = 4) {
   using P = Pack<T, V>;
   for (int64_t k = threadIdx.x % kWarp * V; k < n; k += kWarp * V) {
     P of_w[4];
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) of_w[gate] = *reinterpret_cast<const P*>(w + gate * w_stride + k);
+    for (int gate = 0; gate < 4; ++gate)
+      of_w[gate] = *reinterpret_cast<const P*>(w + (gate < gates ? gate : 0) * w_stride + k);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const P of_x = *reinterpret_cast<const P*>(x + (r < rows ? r : 0) * x_stride + k);

@@ -2,7 +2,7 @@
 #include "fastlm/recurrent_cuda.h"
 
 #include "launch.h"
-#include "lstm_sequence.cuh"
+#include "lstm_sequence_backward.cuh"
 
 namespace fastlm {
 namespace {
@@ -25,6 +25,13 @@ const char* with_type(Storage storage, F f) {
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 int64_t padded(int64_t hidden) { return (hidden + 7) / 8 * 8; }  // whole packs of every storage
+
+// Units of a block of the persistent kernels: one block on each multiprocessor, or fewer, since the more there are, the
+// longer they take to meet.
+int64_t units_of_block(int64_t hidden, int multiprocessors) {
+  const int64_t units = (hidden + multiprocessors - 1) / multiprocessors, warps = device::kSequenceWarps;
+  return units < warps ? (hidden < warps ? hidden : warps) : units;
+}
 
 }  // namespace
 
@@ -95,11 +102,8 @@ const char* lstm_sequence_cuda(const LstmSequenceCuda& args, void* stream) {
     const std::size_t states = std::size_t(args.batch) * std::size_t(args.hidden) * 8;
     launch.exchanged = static_cast<char*>(args.scratch) + 64 + (states + 15) / 16 * 16;
     launch.stride = padded(args.hidden);
-    // One block on each multiprocessor, or fewer: the more there are, the longer they take to meet.
-    constexpr int64_t kWarps = device::kSequenceThreads / device::kWarp;
-    launch.units = (args.hidden + limits.multiprocessors - 1) / limits.multiprocessors;
-    launch.units = launch.units < kWarps ? (args.hidden < kWarps ? args.hidden : kWarps) : launch.units;
-    const int64_t row = launch.stride * int64_t{sizeof(T)}, rows = args.batch == 1 ? 1 : 8;
+    launch.units = units_of_block(args.hidden, limits.multiprocessors);
+    const int64_t row = launch.stride * int64_t{sizeof(T)}, rows = args.batch == 1 || limits.shared < 8 * row ? 1 : 8;
     const int64_t space = limits.shared - rows * row;
     if (space < 0) return "lstm_sequence: the hidden size is too large for shared memory";
     launch.shared_units = space / (4 * row) < launch.units ? space / (4 * row) : launch.units;
@@ -107,6 +111,31 @@ const char* lstm_sequence_cuda(const LstmSequenceCuda& args, void* stream) {
                       std::size_t(rows * row + launch.shared_units * 4 * row), true};
     return device::launch(rows == 1 ? device::lstm_sequence_kernel<T, 1> : device::lstm_sequence_kernel<T, 8>, shape,
                           stream, launch);
+  });
+}
+
+const char* lstm_sequence_backward_cuda(const LstmSequenceGradientsCuda& args, void* stream) {
+  const LstmSequenceCuda& a = args.sequence;
+  if (a.batch == 0 || a.steps == 0) return nullptr;
+  device::Limits limits;
+  if (const char* error = device::limits(&limits)) return error;
+  return with_type(a.storage, [&](auto type) -> const char* {
+    using T = decltype(type);
+    device::LstmSequenceBackwardLaunch launch{};
+    launch.args = args;
+    launch.barrier = static_cast<unsigned*>(a.scratch);
+    launch.states = reinterpret_cast<float*>(static_cast<char*>(a.scratch) + 64);
+    // Whole quadruples, of which a warp makes each in the time of one unit.
+    launch.units = (units_of_block(a.hidden, limits.multiprocessors) + 3) / 4 * 4;
+    const int64_t rows = a.batch == 1 ? 1 : 8, row = 4 * a.hidden * int64_t{sizeof(T)};
+    const int64_t sums = launch.units / 4 * device::kSequenceWarps * 4 * rows * 4, space = limits.shared - sums;
+    if (space < 0) return "lstm_sequence_backward: the hidden size is too large for shared memory";
+    launch.shared_units = space / row / 4 * 4 < launch.units ? space / row / 4 * 4 : launch.units;
+    const Shape shape{unsigned((a.hidden + launch.units - 1) / launch.units), device::kSequenceThreads,
+                      std::size_t(sums + launch.shared_units * row), true};
+    return device::launch(rows == 1 ? device::lstm_sequence_backward_kernel<T, 1>
+                                    : device::lstm_sequence_backward_kernel<T, 8>,
+                          shape, stream, launch);
   });
 }
 

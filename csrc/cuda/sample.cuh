@@ -275,7 +275,6 @@ class Sampler {
       mask |= digits << shift;
       k = shared.remaining;
       more = shared.found != k;  // else all that share these digits are kept
-      __syncthreads();
     }
     x.cut = prefix;
     if (group.blocks > 1) {

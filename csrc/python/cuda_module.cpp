@@ -125,10 +125,7 @@ void lstm_step(int storage, int64_t batch, int64_t inputs, int64_t hidden, const
   start("lstm_step", lstm_step_cuda, args, stream);
 }
 
-void lstm_sequence(int storage, int64_t batch, int64_t hidden, int64_t steps, bool reverse, const Named& named,
-                   address stream) {
-  expect_sizes("lstm_sequence", {batch, hidden, steps});
-  Tensors t(named);
+LstmSequenceCuda lstm_sequence_of(int storage, int64_t batch, int64_t hidden, int64_t steps, bool reverse, Tensors& t) {
   LstmSequenceCuda args{};
   args.storage = storage_of(storage);
   args.batch = batch;
@@ -152,8 +149,33 @@ void lstm_sequence(int storage, int64_t batch, int64_t hidden, int64_t steps, bo
   args.h_n = t("h_n");
   args.c_n = t("c_n");
   args.scratch = t("scratch");
+  return args;
+}
+
+void lstm_sequence(int storage, int64_t batch, int64_t hidden, int64_t steps, bool reverse, const Named& named,
+                   address stream) {
+  expect_sizes("lstm_sequence", {batch, hidden, steps});
+  Tensors t(named);
+  const LstmSequenceCuda args = lstm_sequence_of(storage, batch, hidden, steps, reverse, t);
   t.done("lstm_sequence");
   start("lstm_sequence", lstm_sequence_cuda, args, stream);
+}
+
+void lstm_sequence_backward(int storage, int64_t batch, int64_t hidden, int64_t steps, bool reverse, const Named& named,
+                            address stream) {
+  expect_sizes("lstm_sequence_backward", {batch, hidden, steps});
+  Tensors t(named);
+  LstmSequenceGradientsCuda args{};
+  args.sequence = lstm_sequence_of(storage, batch, hidden, steps, reverse, t);
+  args.w_hh_t = t("w_hh_t");
+  args.grad_output = t("grad_output");
+  args.grad_h_n = t("grad_h_n");
+  args.grad_c_n = t("grad_c_n");
+  args.grad_sum = t("grad_sum");
+  args.grad_h0 = t("grad_h0");
+  args.grad_c0 = t("grad_c0");
+  t.done("lstm_sequence_backward");
+  start("lstm_sequence_backward", lstm_sequence_backward_cuda, args, stream);
 }
 
 void sample_tokens(address logits, int64_t row_stride, int64_t batch, int64_t vocab, std::array<double, 6> reals,
@@ -186,13 +208,14 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   m.def("gru_cell_backward", &gru_cell_backward);
   m.def("lstm_step", &lstm_step);
   m.def("lstm_sequence", &lstm_sequence);
+  m.def("lstm_sequence_backward", &lstm_sequence_backward);
   m.def("lstm_sequence_scratch", &lstm_sequence_cuda_scratch);
   m.def("sample", &sample_tokens);
   m.def("sample_scratch", &sample_cuda_scratch);
 #if defined(FASTLM_ON_CPU)
   m.attr("on_cpu") = true;
   m.def("set_options", [](uint64_t seed, bool log, int multiprocessors, std::size_t shared) {
-    shim::options() = {seed, log, multiprocessors, shared};
+    shim::options() = {seed, log, multiprocessors, shared, {}};
   });
   m.def("watch", [](const char* name, address p, std::size_t bytes) { shim::watch(name, pointer<void>(p), bytes); });
   m.def("forget_all", &shim::forget_all);

@@ -1,6 +1,7 @@
 // The CUDA sampler's device code on the CPU: the tokens of the CPU's sampler, without a race.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -150,6 +151,41 @@ FASTLM_TEST_ONCE(sample_cuda_draws_the_tokens_of_the_cpu) {
   }
   shim::options().seed = 0;
   CHECK(differ == 0);
+}
+
+// A barrier or fence that could be left out without the shim's noticing would be one too many, or the shim blind to it.
+FASTLM_TEST_ONCE(sample_cuda_needs_every_barrier_and_fence) {
+  if (!shim::logs_accesses()) return;
+  const auto run = [](shim::Site without) {
+    std::string error;
+    for (const unsigned blocks : {1u, 3u})
+      for (const int64_t top_k : {0, 40}) {
+        Random random{3};
+        Case c(2, 1100, random);
+        c.args.history = c.history.data();
+        const double options[6] = {0.9, 0.6, 0.01, 1.4, 0.6, 0.3};
+        for (int k = 0; k < 6; ++k) c.reals[k].assign(2, options[k]);
+        c.integers[0].assign(2, top_k);
+        c.integers[4].assign(2, 9);
+        const std::vector<int64_t> want = c.on_host();
+        Device device(c);
+        shim::options().without = without;
+        for (int again = 0; again < 2 && error.empty(); ++again) error = device.run(blocks);
+        shim::options() = shim::Options();
+        if (error.empty() && c.tokens != want) error = "other tokens";
+      }
+    return error;
+  };
+  CHECK(run({}) == "");
+  int planted = 0;
+  for (const shim::Site& site : std::vector<shim::Site>(shim::sites())) {
+    if (std::strstr(site.file, "sample.cuh") == nullptr && std::strstr(site.file, "device.cuh") == nullptr) continue;
+    ++planted;
+    const std::string error = run(site);
+    if (error.empty()) std::printf("%s:%d can be left out\n", site.file, site.line);
+    CHECK(!error.empty());
+  }
+  CHECK(planted >= 12);
 }
 
 FASTLM_TEST_ONCE(sample_cuda_launcher_shares_rows_between_blocks) {

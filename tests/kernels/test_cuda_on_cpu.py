@@ -66,6 +66,14 @@ def test_variants_meet_the_bound(case: Case) -> None:
     compare(case, by_cuda, floor=1e-5, least=1e-3)
 
 
+@pytest.mark.parametrize(("multiprocessors", "shared"), [(1, 64 << 10), (7, 9000), (2, 20000)])
+def test_blocks_and_shared_memory_change_nothing(shim: Any, multiprocessors: int, shared: int) -> None:
+    """Weights for which shared memory has no room are read where they are, forward and backward."""
+    shim.set_options(2, True, multiprocessors, shared)
+    torch.manual_seed(0)
+    compare(replace(BASE, hidden=45, batch=9, noise="dhc", lengths=(4, 4, 3, 1)), by_cuda, floor=1e-5, least=1e-3)
+
+
 @pytest.mark.slow
 @settings(parent=_SETTINGS, max_examples=40)
 @given(case=any_case("lstm_variant"))

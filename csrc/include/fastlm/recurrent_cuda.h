@@ -93,6 +93,18 @@ struct LstmSequenceCuda {
 const char* lstm_sequence_cuda(const LstmSequenceCuda& args, void* stream);
 std::size_t lstm_sequence_cuda_scratch(int64_t batch, int64_t hidden);
 
+// Its gradients in one launch, with the columns of W_hh kept as its rows are above. Those of W_hh are the product of
+// grad_sum and the (masked) h before each step, those of gates_x are grad_sum: the caller's, as sums over rows are.
+struct LstmSequenceGradientsCuda {
+  LstmSequenceCuda sequence;  // with cells and gates_h as it left them; w_hh, h0, output, h_n and c_n are not used
+  const void* w_hh_t;         // [hidden, 4 * hidden] W_hh transposed, aligned to 16 bytes
+  const void* grad_output;    // [rows, hidden] or null
+  const void *grad_h_n, *grad_c_n;  // [batch, hidden] each or null
+  void* grad_sum;                   // [rows, 4 * hidden] out: of the gates before activation; aligned to 16 bytes
+  void *grad_h0, *grad_c0;          // [batch, hidden] out
+};
+const char* lstm_sequence_backward_cuda(const LstmSequenceGradientsCuda& args, void* stream);
+
 // Devices the CUDA runtime can use; 0 where there is no driver.
 int cuda_device_count();
 

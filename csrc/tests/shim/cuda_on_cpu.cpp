@@ -45,13 +45,12 @@ struct Fiber {
   uint32_t id, lane, warp;
   State state;
   // What it waits for.
-  const char* file;
-  int line;
+  Site site;
   WarpOp op;
   uint32_t mask;
   uint64_t value, result;
   int argument;
-  bool fenced;     // a fence since its last plain store: its next atomic publishes
+  bool fenced;     // a fence since its last plain store and barrier: its next atomic publishes
   Clock acquired;  // from atomics; known to the block after a fence and a barrier
 };
 
@@ -87,6 +86,7 @@ struct Machine {
   std::string error;
   std::vector<char*> stacks;
   std::vector<Watched> watched;
+  std::vector<Site> sites;
   uintptr_t parameters_begin = 0, parameters_end = 0;
   std::size_t dynamic_bytes = 0;
   std::unordered_map<uintptr_t, Cell> cells;        // by address / 2
@@ -203,8 +203,8 @@ void schedule(std::vector<Fiber*> fibers) {
     if (!ran && !fibers.empty()) {
       const Fiber* const stuck = fibers[0];
       const bool barrier = stuck->state == State::barrier;
-      return fail(name_of(*stuck) + (barrier ? ": waits at " + std::string(stuck->file) + ":" +
-                                                   std::to_string(stuck->line) + " for threads that never come"
+      return fail(name_of(*stuck) + (barrier ? ": waits at " + std::string(stuck->site.file) + ":" +
+                                                   std::to_string(stuck->site.line) + " for threads that never come"
                                              : ": waits in a warp operation for lanes that never come"));
     }
     idle = machine.progress ? 0 : idle + 1;
@@ -285,6 +285,13 @@ Fiber* current(const char* what) {
   return machine.current;
 }
 
+// Notes a barrier or fence; whether it is the one to do nothing.
+bool left_out(const Site& site) {
+  std::vector<Site>& all = machine.sites;
+  if (std::find(all.begin(), all.end(), site) == all.end()) all.push_back(site);
+  return site == machine.options.without;
+}
+
 unsigned char* allocate(std::size_t bytes) {
   auto* const memory = static_cast<unsigned char*>(std::malloc(bytes));  // by itself, so that ASan knows its end
   std::memset(memory, 0xFF, bytes);
@@ -294,6 +301,7 @@ unsigned char* allocate(std::size_t bytes) {
 }  // namespace
 
 Options& options() { return machine.options; }
+const std::vector<Site>& sites() { return machine.sites; }
 
 bool logs_accesses() {
 #if defined(FASTLM_SHIM_LOGS)
@@ -311,20 +319,21 @@ void forget_all() { machine.watched.clear(); }
 
 Index here(int which) { return current("threadIdx")->here[which]; }
 
-void sync_block(const char* file, int line) {
+void sync_block(Site site) {
   const Inside inside;
+  if (left_out(site)) return;
   Fiber* const fiber = current("__syncthreads");
   Block& block = *fiber->block;
-  fiber->file = file;
-  fiber->line = line;
+  fiber->site = site;
   fiber->state = State::barrier;
   if (block.done > 0) fail(name_of(*fiber) + ": reaches a barrier that others have exited without");
   if (++block.at_barrier < block.fibers.size()) return pause(fiber);
   for (Fiber* const other : block.fibers) {
-    if (other->line != line || std::strcmp(other->file, file) != 0)
-      fail(name_of(*fiber) + ": the barrier at line " + std::to_string(line) + " meets that at line " +
-           std::to_string(other->line) + " of " + name_of(*other));
+    if (!(other->site == site))
+      fail(name_of(*fiber) + ": the barrier at line " + std::to_string(site.line) + " meets that at line " +
+           std::to_string(other->site.line) + " of " + name_of(*other));
     other->state = State::ready;
+    other->fenced = false;  // others' stores have come in, of which its fence knew nothing
   }
   block.at_barrier = 0;
   ++block.epoch;
@@ -337,8 +346,9 @@ void yield() {
   pause(current("__nanosleep"));
 }
 
-void fence() {
+void fence(Site site) {
   const Inside inside;
+  if (left_out(site)) return;
   Fiber* const fiber = current("__threadfence");
   fiber->fenced = true;
   merge(fiber->block->arriving, fiber->acquired);

@@ -11,6 +11,7 @@
 // - a load or store outside shared memory, the thread's own stack and the buffers given to watch(), once there are any;
 // - races: two accesses of the same bytes by different threads, at least one of them a plain store, that no barrier,
 //   __syncwarp(), or fence-atomic-fence chain between blocks orders. Which one came first in this run does not matter.
+// options().without plants a fault: one barrier or fence of the kernels themselves, of those in sites(), does nothing.
 // Under AddressSanitizer, which excludes the other, its own checks stand in, and options().seed shuffles the order in
 // which threads run between barriers, so that a race changes results.
 #pragma once
@@ -22,13 +23,15 @@
 #include <memory>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __syncthreads() ::shim::sync_block(__FILE__, __LINE__)
+#define __syncthreads() ::shim::sync_block({__FILE__, __LINE__})
+#define __threadfence() ::shim::fence({__FILE__, __LINE__})
 #define threadIdx (::shim::here(0))
 #define blockIdx (::shim::here(1))
 #define blockDim (::shim::here(2))
@@ -40,13 +43,24 @@ struct Index {
   unsigned x = 1, y = 1, z = 1;
 };
 
+// Where a barrier or a fence stands.
+struct Site {
+  const char* file = "";
+  int line = 0;
+  bool operator==(const Site& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+};
+
 struct Options {
   uint64_t seed = 0;              // 0: threads run in order; else the order is shuffled anew at every turn
   bool log = true;                // where accesses can be logged; it takes most of the time
   int multiprocessors = 4;        // of the device that launchers are told of
   std::size_t shared = 64 << 10;  // bytes of shared memory a block may have
+  Site without;                   // the barrier or fence that does nothing: a planted fault
 };
 Options& options();
+
+// The barriers and fences that were reached since the program began.
+const std::vector<Site>& sites();
 
 // Whether this build logs accesses, so that races and stray pointers are found for certain.
 bool logs_accesses();
@@ -56,9 +70,9 @@ void watch(const char* name, const void* memory, std::size_t bytes);
 void forget_all();
 
 Index here(int which);  // 0: threadIdx, 1: blockIdx, 2: blockDim, 3: gridDim; by value, to be in registers
-void sync_block(const char* file, int line);
+void sync_block(Site site);
 void yield();
-void fence();
+void fence(Site site);
 
 // Per block, alive as long as it: `key` tells one variable from another. Starts as bytes of 0xFF (floats: NaN).
 void* static_shared(const void* key, std::size_t bytes);
@@ -138,7 +152,6 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
 inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
-inline void __threadfence() { shim::fence(); }
 inline void __nanosleep(unsigned) { shim::yield(); }
 
 template <typename T>

@@ -2,7 +2,7 @@
 
 Packed sequences are those of `fastlm.kernels.cpu.lstm`. Tensors are on one device, of one of `cuda.STORAGES`; they need
 not be contiguous. The products that take all steps at once are cuBLAS's. Without layer normalisation the recurrence is
-one launch for the whole sequence; with it, and in the backward pass, a product and a kernel for each step.
+one launch for the whole sequence, forward and backward; with it, a product and a kernel for each step.
 """
 
 from __future__ import annotations
@@ -51,27 +51,26 @@ def _times(batch_sizes: Sequence[int], reverse: bool) -> Iterator[tuple[slice, i
 
 
 def _sequence(
+    kernel: str,
     gates_x: Tensor,
+    h0: Tensor,
     batch_sizes: Sequence[int],
     reverse: bool,
-    given: dict[str, Tensor | None],
-    results: dict[str, Tensor | None],
+    tensors: dict[str, Tensor | None],
 ) -> None:
     """All steps in one launch."""
-    h0 = given["h0"]
-    assert h0 is not None
     module = native.CUDA.require()
     running, starts = _layout(tuple(batch_sizes), gates_x.device)
     scratch = torch.empty(module.lstm_sequence_scratch(*h0.shape), dtype=torch.uint8, device=gates_x.device)
     scratch[:64] = 0
     layout = {"running": running, "starts": starts, "scratch": scratch, "gates_x": gates_x}
     with torch.cuda.device_of(gates_x):
-        module.lstm_sequence(
+        getattr(module, kernel)(
             cuda.STORAGES[gates_x.dtype],
             *h0.shape,
             len(batch_sizes),
             reverse,
-            cuda.addresses(given | layout | results),
+            cuda.addresses(tensors | layout),
             cuda.stream(gates_x.device),
         )
 
@@ -101,7 +100,7 @@ def layer_forward(
         h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
         given = {"w_hh": w_hh, "h0": h0, "c0": c0, "dropout": dropout, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
         results = {"output": output, "cells": cells, "gates_h": gates_h, "h_n": h_n, "c_n": c_n}
-        _sequence(gates_x, batch_sizes, reverse, given | biases, results)
+        _sequence("lstm_sequence", gates_x, h0, batch_sizes, reverse, given | biases | results)
     else:
         h_n, c_n = h0.clone(), c0.clone()
         biases |= {"ln_ih": ln_ih, "ln_hh": ln_hh, "ln_c": ln_c, "ln_c_bias": ln_c_bias}
@@ -145,37 +144,52 @@ def _hat(x: Tensor) -> Tensor:
     return functional.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
 
 
-def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of `layer_forward`; arguments and results as `fastlm.kernels.cpu.lstm_variants`'s. Deterministic."""
-    input, w_ih, w_hh, b_ih, b_hh, ln_ih, ln_hh, ln_c, ln_c_bias, dropout, zoneout_h, zoneout_c = saved.tensors[:12]
-    h0, c0, output, cells, gates_x, gates_h = saved.tensors[12:]
-    assert input is not None and w_ih is not None and w_hh is not None and h0 is not None and c0 is not None
-    assert output is not None and cells is not None and gates_x is not None and gates_h is not None
+class _Recurrence(NamedTuple):
+    """Gradients that go back through the steps."""
+
+    sum: Tensor
+    """[N, 4H], of what the gates' nonlinearities take; gates_x and gates_h: of the two products."""
+    gates_x: Tensor
+    gates_h: Tensor
+    ln_c: Tensor | None
+    ln_c_bias: Tensor | None
+    h0: Tensor
+    c0: Tensor
+
+
+def _recurrence(saved: Saved, grads: Sequence[Tensor | None]) -> _Recurrence:
+    """Without layer normalisation: all steps in one launch."""
+    _, _, w_hh, b_ih, b_hh, *_, dropout, zoneout_h, zoneout_c, h0, c0, _, cells, gates_x, gates_h = saved.tensors
+    assert w_hh is not None and h0 is not None and c0 is not None and gates_x is not None
+    grad_output, grad_h_n, grad_c_n = (None if grad is None else grad.contiguous() for grad in grads)
+    grad_sum, grad_h0, grad_c0 = (torch.empty_like(t) for t in (gates_x, h0, c0))
+    given = {"w_hh_t": w_hh.t().contiguous(), "b_ih": b_ih, "b_hh": b_hh, "gates_h": gates_h, "cells": cells, "c0": c0}
+    noise = {"dropout": dropout, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
+    incoming = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
+    results = {"grad_sum": grad_sum, "grad_h0": grad_h0, "grad_c0": grad_c0}
+    tensors = given | noise | incoming | results
+    _sequence("lstm_sequence_backward", gates_x, h0, saved.batch_sizes, saved.reverse, tensors)
+    return _Recurrence(grad_sum, grad_sum, grad_sum, None, None, grad_h0, grad_c0)
+
+
+def _normed_recurrence(saved: Saved, grads: Sequence[Tensor | None]) -> _Recurrence:
+    """With layer normalisation: a kernel and a product for each step."""
+    _, _, w_hh, b_ih, b_hh, ln_ih, ln_hh, ln_c, ln_c_bias, dropout, zoneout_h, zoneout_c = saved.tensors[:12]
+    h0, c0, _, cells, gates_x, gates_h = saved.tensors[12:]
+    assert w_hh is not None and h0 is not None and c0 is not None and cells is not None and gates_x is not None
     layout = saved.batch_sizes, saved.reverse
     grad_output, grad_h_n, grad_c_n = grads
     grad_h, grad_c = (
         torch.zeros_like(state) if grad is None else grad.clone(memory_format=torch.contiguous_format)
         for state, grad in ((h0, grad_h_n), (c0, grad_c_n))
     )
-    norm = ln_ih is not None
-    everywhere: dict[str, Tensor | None] = {
-        "gates_x": gates_x,
-        "gates_h": gates_h,
-        "h_prev": _previous(h0, output, *layout),
-        "c_prev": _previous(c0, cells, *layout),
-        "zoneout_h": zoneout_h,
-        "zoneout_c": zoneout_c,
-        "grad_sum": torch.empty_like(gates_x),
-        "grad_gates_x": torch.empty_like(gates_x) if norm else None,
-        "grad_gates_h": torch.empty_like(gates_x) if norm else None,
-        "grad_ln_c": torch.empty_like(cells) if norm else None,
-        "grad_ln_c_bias": torch.empty_like(cells) if norm else None,
-    }
+    grad_sum, grad_gates_x, grad_gates_h = (torch.empty_like(gates_x) for _ in range(3))
+    grad_ln_c, grad_ln_c_bias = torch.empty_like(cells), torch.empty_like(cells)
+    results = {"grad_sum": grad_sum, "grad_gates_x": grad_gates_x, "grad_gates_h": grad_gates_h}
+    results |= {"grad_ln_c": grad_ln_c, "grad_ln_c_bias": grad_ln_c_bias}
+    given = {"gates_x": gates_x, "gates_h": gates_h, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
+    everywhere: dict[str, Tensor | None] = given | results | {"c_prev": _previous(c0, cells, *layout)}
     parameters = {"b_ih": b_ih, "b_hh": b_hh, "ln_ih": ln_ih, "ln_hh": ln_hh, "ln_c": ln_c, "ln_c_bias": ln_c_bias}
-    grad_sum = everywhere["grad_sum"]
-    assert grad_sum is not None
-    grad_gates_h = everywhere["grad_gates_h"] if norm else grad_sum
-    assert grad_gates_h is not None
     for at, running in reversed(list(_times(*layout))):
         h, c = grad_h[:running], grad_c[:running]
         if grad_output is not None:
@@ -184,29 +198,38 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
         _launch("lstm_cell_backward", h, tensors | {"grad_h": h, "grad_c": c, "grad_h_prev": h, "grad_c_prev": c})
         through = grad_gates_h[at] @ w_hh
         h += through if dropout is None else through * dropout[:running]
-    grad_gates_x = everywhere["grad_gates_x"] if norm else grad_sum
-    h_prev = everywhere["h_prev"]
-    assert grad_gates_x is not None and h_prev is not None
-    if needs[2] and dropout is not None:
-        masks = torch.cat([dropout[:running] for running in saved.batch_sizes])
-        h_prev = h_prev * masks
-    of_bias = grad_sum.sum(0)
+    return _Recurrence(grad_sum, grad_gates_x, grad_gates_h, grad_ln_c, grad_ln_c_bias, grad_h, grad_c)
+
+
+def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of `layer_forward`; arguments and results as `fastlm.kernels.cpu.lstm_variants`'s. Deterministic."""
+    input, w_ih, *_, h0, _, output, _, gates_x, gates_h = saved.tensors
+    ln_ih, dropout = saved.tensors[5], saved.tensors[9]
+    assert input is not None and w_ih is not None and h0 is not None and output is not None
+    assert gates_x is not None and gates_h is not None
+    found = (_recurrence if ln_ih is None else _normed_recurrence)(saved, grads)
+    of_w_hh = None
+    if needs[2]:
+        h_prev = _previous(h0, output, saved.batch_sizes, saved.reverse)
+        if dropout is not None:
+            h_prev = h_prev * torch.cat([dropout[:running] for running in saved.batch_sizes])
+        of_w_hh = found.gates_h.t() @ h_prev
 
     def of_gain(product: Tensor) -> Tensor:
-        return (grad_sum.float() * _hat(product)).sum(0).to(input.dtype)
+        return (found.sum.float() * _hat(product)).sum(0).to(input.dtype)
 
-    of_c = [None if t is None else t.sum(0) for t in (everywhere["grad_ln_c"], everywhere["grad_ln_c_bias"])]
+    of_c = [None if t is None else t.sum(0) for t in (found.ln_c, found.ln_c_bias)]
     return (
-        grad_gates_x @ w_ih if needs[0] else None,
-        grad_gates_x.t() @ input if needs[1] else None,
-        grad_gates_h.t() @ h_prev if needs[2] else None,
-        of_bias if needs[3] else None,
-        of_bias.clone() if needs[4] else None,
+        found.gates_x @ w_ih if needs[0] else None,
+        found.gates_x.t() @ input if needs[1] else None,
+        of_w_hh,
+        found.sum.sum(0) if needs[3] else None,
+        found.sum.sum(0) if needs[4] else None,
         of_gain(gates_x) if needs[5] else None,
         of_gain(gates_h) if needs[6] else None,
         *(grad if need else None for grad, need in zip(of_c, needs[7:9], strict=True)),
-        grad_h if needs[9] else None,
-        grad_c if needs[10] else None,
+        found.h0 if needs[9] else None,
+        found.c0 if needs[10] else None,
     )
 
 
