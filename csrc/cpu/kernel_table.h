@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fastlm/activation.h"
+#include "fastlm/adamw.h"
 #include "fastlm/attention.h"
 #include "fastlm/attention_decode.h"
 #include "fastlm/elementwise.h"
@@ -26,6 +27,8 @@
   X(int, simd_lanes, (), ())                                                        \
   X(void, activation, (const Activation& a), (a))                                   \
   X(void, activation_backward, (const ActivationBackward& a), (a))                  \
+  X(void, adamw, (const AdamW& a), (a))                                             \
+  X(int64_t, adamw_scratch, (const AdamW& a), (a))                                  \
   X(void, add, (const Add& a), (a))                                                 \
   X(void, convert, (const Convert& a), (a))                                         \
   X(void, copy_rows, (const CopyRows& a), (a))                                      \

@@ -6,6 +6,10 @@
 
 #include "simd.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace fastlm {
 namespace FASTLM_ISA {
 
@@ -40,6 +44,18 @@ FASTLM_INLINE vf exp_bounded(vf x) {
 
 // The order of min's and max's operands lets NaN through, here and below.
 FASTLM_INLINE vf exp(vf x) { return exp_bounded(min(broadcast(89.0f), max(broadcast(-104.0f), x))); }
+
+// Correctly rounded.
+FASTLM_INLINE vf sqrt(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
 
 FASTLM_INLINE vf abs(vf x) { return as_float(as_int(x) & 0x7fffffff); }
 

@@ -65,6 +65,7 @@ inline KvType kv_type(int number) {
 inline int64_t kv_width(int64_t dim, KvType type) { return type == KvType::kInt8 ? dim + 4 : dim; }
 
 void bind_activation(py::module_& m);
+void bind_adamw(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_attention_decode(py::module_& m);
 void bind_elementwise(py::module_& m);

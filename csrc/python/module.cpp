@@ -12,6 +12,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa_force", &fastlm::isa_force, py::arg("level"));
   m.def("simd_lanes", &fastlm::simd_lanes);
   fastlm::bind_activation(m);
+  fastlm::bind_adamw(m);
   fastlm::bind_attention(m);
   fastlm::bind_attention_decode(m);
   fastlm::bind_elementwise(m);

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+
+from fastlm.training.adamw import clip_and_update
 
 __all__ = ["Muon", "orthogonalize"]
 
@@ -72,17 +73,24 @@ class Muon(torch.optim.Optimizer):
                         f"groups: a parameter of shape {list(parameter.shape)}, expected matrices for Muon"
                     )
 
+    norm: Tensor
+    """Of all gradients together in the last step, before it clipped them: [], on the parameters' device."""
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step, as `torch.optim.Optimizer.step`."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, max_norm: float | None = None
+    ) -> float | None:
+        """One step, as `torch.optim.Optimizer.step`; the gradients count as scaled down to `max_norm`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                (self._muon if group["muon"] else self._adamw)(group, parameters)
+        orthogonal = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups if g["muon"]]
+        gradients = [p.grad for _, parameters in orthogonal for p in parameters if p.grad is not None]
+        plain = [group for group in self.param_groups if not group["muon"]]
+        self.norm = clip_and_update(self, plain, gradients, max_norm)
+        for group, parameters in orthogonal:
+            self._muon(group, parameters)
         return loss
 
     def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
@@ -106,27 +114,3 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(alike, 1 - lr * group["weight_decay"])
             turned = [o if p.shape == o.shape else o.mT for p, o in zip(alike, orthogonal, strict=True)]
             torch._foreach_add_(alike, turned, alpha=-lr * _ADAMW_RMS * longer**0.5)
-
-    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlm.training.adamw import AdamW
 from fastlm.training.config import TrainingConfig
 from fastlm.training.muon import Muon
 from fastlm.training.precision import cpu_has_fast_bfloat16
@@ -44,7 +45,7 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimiser of `config` over `parameter_groups`, in torch's fused form (one pass over all parameters)."""
+    """The optimiser of `config` over `parameter_groups`, in a form that makes one pass over all parameters."""
     groups = (muon_groups if config.optimizer == "muon" else parameter_groups)(model, config.weight_decay)
     if not groups:
         raise ValueError("model: no parameter requires a gradient, expected at least one")
@@ -57,8 +58,9 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
         fast = cpu_has_fast_bfloat16() if device.type == "cpu" else torch.cuda.is_bf16_supported(False)
         dtype = torch.bfloat16 if fast else torch.float32
         return Muon(groups, lr=config.learning_rate, betas=config.betas, dtype=dtype)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    if config.optimizer == "adamw":
+        return AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    return torch.optim.Adam(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def learning_rate(step: int, config: TrainingConfig, total_steps: int | None) -> float:
@@ -87,6 +89,20 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     norm = nn.utils.get_total_norm(gradients)
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def clip_and_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_norm: float | None
+) -> Tensor:
+    """Clips as `clip_gradients` and takes the step; together where the optimiser does both at once."""
+    scaler.unscale_(optimizer)
+    # A scaler may leave out Muon's step, and with it the norm.
+    if isinstance(optimizer, AdamW) or (isinstance(optimizer, Muon) and not scaler.is_enabled()):
+        scaler.step(optimizer, max_norm=max_norm)
+        return optimizer.norm
+    norm = clip_gradients(model, max_norm)
+    scaler.step(optimizer)
     return norm
 
 

@@ -251,9 +251,7 @@ class Trainer:
             self._scaler.scale(loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        self._scaler.unscale_(self.optimizer)
-        norm = optimisation.clip_gradients(self.model, self.config.clip_norm)
-        self._scaler.step(self.optimizer)
+        norm = optimisation.clip_and_step(self.model, self.optimizer, self._scaler, self.config.clip_norm)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

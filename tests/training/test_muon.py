@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from training.runs import tiny_model
 
-from fastlm.training import optimisation
+from fastlm.training import AdamW, optimisation
 from fastlm.training.config import TrainingConfig
 from fastlm.training.muon import Muon, orthogonalize
 
@@ -79,22 +79,46 @@ def test_planted_faults_are_found(fault: str) -> None:
         _compare(*_muon_run(fault))
 
 
-def test_the_other_groups_are_torchs_adamw_bit_for_bit() -> None:
+def test_the_other_groups_are_adamw_bit_for_bit() -> None:
     ours = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3))
     theirs = copy.deepcopy(ours)
     settings = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}
     optimizers = (
         Muon([{"params": ours.parameters()}], **settings),  # type: ignore[arg-type]
-        torch.optim.AdamW(theirs.parameters(), fused=True, **settings),  # type: ignore[arg-type]
+        AdamW(theirs.parameters(), **settings),  # type: ignore[arg-type]
     )
     x = torch.randn(7, 5)
     for _ in range(4):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
             model(x).square().sum().backward()
-            optimizer.step()
+            optimizer.step(max_norm=2.0)
+    assert optimizers[0].norm == optimizers[1].norm
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fault", [None, "matrices not clipped"])
+def test_clipping_counts_every_gradient(fault: str | None) -> None:
+    weights = [torch.randn(6, 10), torch.randn(7)]
+    gradients = [torch.randn_like(w) * 3 for w in weights]
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    found = []
+    for limit in (0.5, None):
+        matrix, vector = parameters = [nn.Parameter(w.clone()) for w in weights]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            clipped = limit is not None or (fault and parameter is matrix)
+            parameter.grad = gradient.clone() if clipped else gradient * 0.5 / norm
+        optimizer = Muon([{"params": [matrix], "muon": True}, {"params": [vector]}], lr=0.1)
+        optimizer.step(max_norm=limit)
+        if limit is not None:
+            torch.testing.assert_close(optimizer.norm, norm)
+        found.append(optimizer.state[matrix]["momentum"])
+    if fault:
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(*found)
+    else:
+        torch.testing.assert_close(*found)
 
 
 def test_muon_gets_the_hidden_matrices_alone() -> None:

@@ -183,10 +183,7 @@ def test_what_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
             parameter.data.fill_(math.nan)
         return result
 
-    if where == "gradient":
-        monkeypatch.setattr(trainer.optimisation, "clip_gradients", _norm_of_poisoned(run, parameter))
-    else:
-        monkeypatch.setattr(run.optimizer, "step", poisoned)
+    monkeypatch.setattr(run.optimizer, "step", poisoned)
     if where == "weight":
         run._valid_tokens = None
     with pytest.raises(
@@ -196,18 +193,6 @@ def test_what_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
     assert [path.name for path in resume.checkpoints(tmp_path)] == ["step-00000005"]
     saved = load_run(resume.checkpoints(tmp_path)[-1]).model
     assert all(bool(torch.isfinite(p).all()) for p in saved.parameters())
-
-
-def _norm_of_poisoned(run: Trainer, parameter: torch.nn.Parameter) -> Any:
-    clip = trainer.optimisation.clip_gradients
-
-    def clip_poisoned(model: torch.nn.Module, limit: float | None) -> torch.Tensor:
-        if run.step == 6:
-            assert parameter.grad is not None
-            parameter.grad[0, 0] = math.inf
-        return clip(model, limit)
-
-    return clip_poisoned
 
 
 class _Press(Callback):
