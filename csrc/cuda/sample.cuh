@@ -2,9 +2,11 @@
 //
 // A row belongs to a group of blocks, each with a contiguous part of the vocabulary, of which each warp takes a
 // contiguous part again. A pass finds the maximum; for top_k a few passes find the k-th largest by the digits of its
-// bits (radix selection), all digits of a histogram being counted by all blocks; a pass sums the weights. The drawn
-// token is found by descending into sums. top_p and min_p are decided by rejection as in the CPU's kernel. Sums are of
-// integers, so their order, and with it the number of blocks, changes nothing.
+// bits (radix selection), all digits of a histogram being counted by all blocks; as soon as few candidates are left,
+// they move to a list, with which one block goes on alone. A pass sums the weights. The drawn token is found by
+// descending into sums, so that with no filter there are two readings of the row and a sixteenth. top_p and min_p are
+// decided by rejection as in the CPU's kernel. Sums are of integers, so their order, and with it the number of blocks,
+// changes nothing.
 #pragma once
 
 #include "device.cuh"
@@ -17,12 +19,16 @@ namespace device {
 constexpr int kSampleThreads = 512, kSampleWarps = kSampleThreads / kWarp;
 constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits, kDigitLevels = 6;
 constexpr int kMostSampleBlocks = 64;  // a row
+constexpr int kMostSurvivors = 2048;   // on the list: they are read from the level-1 cache
 constexpr uint64_t kRefused = ~uint64_t{0};
 
 // A row's scratch in global memory.
 struct SampleScratch {
   unsigned barrier[4];
   uint64_t partial[2][kMostSampleBlocks][2];
+  uint64_t within[2][kMostSampleBlocks][kSampleWarps];  // partial[...][1], warp by warp
+  float survivors[kMostSurvivors];
+  unsigned survivor_ids[kMostSurvivors];
   unsigned histogram[kDigitLevels][kDigits];  // zero between calls
 };
 
@@ -101,10 +107,11 @@ struct Prefix {
   FASTLM_DEVICE bool has(float other, int64_t i) const { return other > e || (other == e && i < index); }
 };
 
-// f(x, id) for the elements [begin, end), by one warp; four loads are under way at a time.
+constexpr int kAhead = 6;  // loads that each thread has under way; with more, sm_80 spills
+
+// f(x, id) for the elements [begin, end), by one warp.
 template <typename Load, typename F>
 FASTLM_DEVICE void each(int64_t begin, int64_t end, Load load, F f) {
-  constexpr int kAhead = 4;
   for (int64_t i = begin + threadIdx.x % kWarp; i < end; i += kAhead * kWarp) {
     float x[kAhead];
 #pragma unroll
@@ -141,8 +148,8 @@ class Sampler {
   // The row's token, or -1; the same in all threads of the group.
   FASTLM_DEVICE int64_t run() {
     const SampleArgs& a = launch.args;
-    const Part all{0, a.vocab};
-    mine = all.part(group.rank, group.blocks);
+    size = a.vocab;
+    mine = Part{0, size}.part(group.rank, group.blocks);
     x.logits = reinterpret_cast<const T*>(a.logits) + row * a.row_stride;
     x.bias = a.bias == nullptr ? nullptr : a.bias + row * a.bias_stride;
     x.processed = nullptr;
@@ -155,8 +162,9 @@ class Sampler {
     const double scale = 1.4426950408889634 / temperature;
     x.scale = float(scale < 0x1p-126 ? 0x1p-126 : scale > 0x1.fffffep127 ? 0x1.fffffep127 : scale);
     const int64_t k = option(a.top_k, row);
-    if (k > 0 && k < a.vocab) select(k);
-    return draw();
+    if (k > 0 && k < a.vocab && !select(k)) return -1;  // another block of the group goes on
+    const int64_t drawn = draw();
+    return size < a.vocab ? scratch.survivor_ids[drawn] : drawn;
   }
 
  private:
@@ -174,8 +182,10 @@ class Sampler {
     for (int k = 0; k < 2; ++k)
       for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
         value[k] = join(value[k], uint64_t(__shfl_xor_sync(kAll, value[k], lanes)));
-    if (threadIdx.x % kWarp == 0)
+    if (threadIdx.x % kWarp == 0) {
       for (int k = 0; k < 2; ++k) shared.sums[k][warp] = value[k];
+      if (group.blocks > 1) scratch.within[round & 1][group.rank][warp] = value[1];
+    }
     __syncthreads();
     for (int k = 0; k < 2; ++k) {
       value[k] = shared.sums[k][0];
@@ -247,9 +257,11 @@ class Sampler {
   FASTLM_DEVICE static uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
   FASTLM_DEVICE static uint64_t sum(uint64_t a, uint64_t b) { return a + b; }
 
-  // Sets x.cut to the k-th largest key, or to one that no other key lies between.
-  FASTLM_DEVICE void select(int64_t k) {
+  // Sets x.cut to the k-th largest key, or to one that no other key lies between. Once few are left above a cut, the
+  // row becomes the list of them, with which the group's first block goes on; in the others this is false.
+  FASTLM_DEVICE bool select(const int64_t wanted) {
     uint64_t prefix = 0, mask = 0;
+    int64_t k = wanted;
     int levels = 0;
     for (bool more = true; more; ++levels) {
       const int shift = levels < kDigitLevels - 1 ? 64 - kDigitBits * (levels + 1) : 0;
@@ -275,15 +287,64 @@ class Sampler {
       mask |= digits << shift;
       k = shared.remaining;
       more = shared.found != k;  // else all that share these digits are kept
+      const int64_t survivors = wanted - k + shared.found;
+      if (survivors > kMostSurvivors || survivors == size || size < launch.args.vocab) continue;
+      gather(prefix);
+      clear_histograms(levels + 1);
+      if (group.rank > 0) return false;
+      group.blocks = 1;
+      size = survivors;
+      mine = {0, size};
+      x.processed = scratch.survivors;
+      // What is still to be decided is decided anew, on the list.
+      prefix = mask = 0;
+      k = wanted;
+      levels = -1;
     }
     x.cut = prefix;
     if (group.blocks > 1) {
-      // All have read them once all have come here.
-      group.sync();
-      unsigned* const counts = scratch.histogram[0];
-      if (group.rank == 0)
-        for (int d = threadIdx.x; d < levels * kDigits; d += kSampleThreads) counts[d] = 0;
+      group.sync();  // all have read them once all have come here
+      clear_histograms(levels);
     }
+    return true;
+  }
+
+  FASTLM_DEVICE void clear_histograms(int levels) const {
+    unsigned* const counts = scratch.histogram[0];
+    if (group.blocks > 1 && group.rank == 0)
+      for (int d = threadIdx.x; d < levels * kDigits; d += kSampleThreads) counts[d] = 0;
+  }
+
+  // Lists all elements whose keys are at least `cut`, in the order of their ids. Ends with the group's blocks together.
+  FASTLM_DEVICE void gather(uint64_t cut) {
+    uint64_t count[2] = {0, 0};
+    pass([&](float v, int64_t i) { count[0] += rank_key(v, i) >= cut; });
+    combine(count, sum);
+    uint64_t at = 0;
+    if (group.blocks > 1)
+      for (unsigned b = 0; b < group.rank; ++b) at += scratch.partial[(round - 1) & 1][b][0];
+    for (int w = 0; w < warp; ++w) at += shared.sums[0][w];
+    const Part part = mine.part(warp, kSampleWarps);
+    const int lane = threadIdx.x % kWarp;
+    for (int64_t begin = part.begin; begin < part.end; begin += kAhead * kWarp) {
+      float v[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (const int64_t i = begin + j * kWarp + lane; i < part.end) v[j] = x.at(i);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int64_t i = begin + j * kWarp + lane;
+        const bool kept = i < part.end && rank_key(v[j], i) >= cut;
+        const unsigned all = __ballot_sync(kAll, kept);
+        if (kept) {
+          const uint64_t place = at + __popc(all & ((1u << lane) - 1));
+          scratch.survivors[place] = v[j];
+          scratch.survivor_ids[place] = unsigned(i);
+        }
+        at += __popc(all);
+      }
+    }
+    group.sync();
   }
 
   // By one warp: the highest digit at which at least k elements have been passed, how many have it, and how many of
@@ -319,16 +380,23 @@ class Sampler {
     });
   }
 
-  // The first id at which the running sum of weights within the prefix exceeds the target. All blocks of the group
-  // look for it, wherever it is, so that none has to wait for another.
+  // The first id at which the running sum of weights within the prefix exceeds the target, after total_within(prefix),
+  // which has left the sums of blocks and warps. All blocks of the group look for it, wherever it is, so that none has
+  // to wait for another.
   FASTLM_DEVICE int64_t find(const Prefix& prefix, uint64_t target) {
-    Part part{0, launch.args.vocab};
+    Part part{0, size};
+    const uint64_t* sums = shared.sums[1];
     if (group.blocks > 1) {
       const auto& partial = scratch.partial[(round - 1) & 1];
       unsigned b = 0;
       for (; b + 1 < group.blocks && target >= partial[b][1]; ++b) target -= partial[b][1];
       part = part.part(b, group.blocks);
+      sums = scratch.within[(round - 1) & 1][b];
     }
+    int warp_of_it = 0;
+    for (; warp_of_it + 1 < kSampleWarps && target >= sums[warp_of_it]; ++warp_of_it) target -= sums[warp_of_it];
+    part = part.part(warp_of_it, kSampleWarps);
+    __syncthreads();  // the sums may be overwritten
     while (part.end - part.begin > kWarp) {
       uint64_t total[2];
       weigh(part.part(warp, kSampleWarps), prefix, total);
@@ -364,7 +432,7 @@ class Sampler {
     const auto min_p = float(option(a.min_p, row));
     const auto seed = uint64_t(option(a.seed, row)), sequence = uint64_t(option(a.sequence, row));
     const auto position = uint32_t(option(a.position, row));
-    Prefix prefix = min_p > 0 ? Prefix{min_p, a.vocab} : Prefix{-1, 0};
+    Prefix prefix = min_p > 0 ? Prefix{min_p, size} : Prefix{-1, 0};
     uint64_t all;
     uint64_t total = total_within(prefix, &all);
     const uint64_t wanted = share_of(top_p, all);
@@ -381,8 +449,9 @@ class Sampler {
   SampleShared& shared;
   const int64_t row;
   SampleScratch& scratch;
-  const Group group;
+  Group group;
   const int warp;
+  int64_t size = 0;  // elements of the row: the vocabulary, or the survivors of top_k
   Part mine{};
   SampleRow<T> x{};
   int round = 0;

@@ -188,6 +188,24 @@ FASTLM_TEST_ONCE(sample_cuda_needs_every_barrier_and_fence) {
   CHECK(planted >= 12);
 }
 
+FASTLM_TEST_ONCE(sample_cuda_reads_the_logits_twice) {
+  if (!shim::logs_accesses()) return;
+  for (const unsigned blocks : {1u, 3u}) {
+    Random random{4};
+    Case c(2, 40000, random);
+    const double plain[6] = {1, 1, 0, 1, 0, 0};
+    for (int k = 0; k < 6; ++k) c.reals[k].assign(2, plain[k]);
+    c.integers[0].assign(2, 0);
+    for (const double temperature : {0.0, 1.0}) {
+      c.reals[0].assign(2, temperature);
+      Device device(c);
+      CHECK(device.run(blocks) == "");
+      const double readings = double(shim::touched("logits")) / double(2 * 40000 * 4);
+      CHECK(readings >= (temperature == 0 ? 1 : 2) && readings < (temperature == 0 ? 1.001 : 2.15));
+    }
+  }
+}
+
 FASTLM_TEST_ONCE(sample_cuda_launcher_shares_rows_between_blocks) {
   Random random{11};
   shim::options().log = false;

@@ -208,19 +208,24 @@ def test_tokens_are_those_of_cpu_and_reference(shim: Any, data: st.DataObject) -
     assert found["cuda"] == found["reference"] == found["cpu"]
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 4, 9])
+@pytest.mark.parametrize("multiprocessors", [1, 12])
 def test_rows_shared_by_blocks_draw_the_same(shim: Any, multiprocessors: int) -> None:
     shim.set_options(3, False, multiprocessors, 64 << 10)
     torch.manual_seed(0)
-    logits = torch.randn(2, 20000) * 3
-    history = torch.randint(20000, (2, 30))
-    for options in ({}, {"top_k": 40, "top_p": 0.9}, {"top_p": 0.6, "repetition_penalty": 1.2, "history": history}):
-        for position in range(3):
-            drawn = []
-            for name in ("cpu", "cuda"):
-                with ops.backend(name):
-                    drawn.append(ops.sample(logits, position=position, **options).tolist())
-            assert drawn[0] == drawn[1]
+    logits = torch.randn(3, 20000) * 3
+    logits[1] = (logits[1] / 4).round()  # so that thousands are alike
+    logits[2] = 1.0
+    history = torch.randint(20000, (3, 30))
+    choices: list[dict[str, Any]] = [{}, {"top_p": 0.6, "repetition_penalty": 1.2, "history": history}]
+    # What is left of top_k goes on a list, at once or after some digits, or does not fit on it.
+    choices += [{"top_k": k, "top_p": 0.9, "temperature": 1.5} for k in (1, 40, 2000, 2048, 2049, 15000)]
+    choices += [{"top_k": 300, "repetition_penalty": 1.2, "history": history}, {"top_k": 500, "min_p": 0.05}]
+    for options in choices:
+        drawn = []
+        for name in ("cpu", "cuda"):
+            with ops.backend(name):
+                drawn.append(ops.sample(logits, position=5, **options).tolist())
+        assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("names", [(), ("top_k", "top_p"), ("temperature", "min_p", "logit_bias"), tuple(ACTIVE)])

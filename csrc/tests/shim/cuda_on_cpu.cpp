@@ -75,6 +75,7 @@ struct Cell {
 struct Watched {
   std::string name;
   uintptr_t begin, end;
+  std::size_t touched = 0;
 };
 
 struct Machine {
@@ -230,8 +231,11 @@ void check_bounds(const Fiber& f, uintptr_t p, std::size_t bytes, bool write) {
   if (machine.watched.empty()) return;
   std::string nearest = "far from everything it may touch";
   uintptr_t best = 1 << 16;
-  for (const Watched& buffer : machine.watched) {
-    if (within(buffer.begin, buffer.end)) return;
+  for (Watched& buffer : machine.watched) {
+    if (within(buffer.begin, buffer.end)) {
+      buffer.touched += bytes;
+      return;
+    }
     const bool before = p < buffer.begin;
     const uintptr_t distance = before ? buffer.begin - p : p - buffer.end;
     if (distance < best) {
@@ -313,9 +317,15 @@ bool logs_accesses() {
 
 void watch(const char* name, const void* memory, std::size_t bytes) {
   const auto begin = reinterpret_cast<uintptr_t>(memory);
-  machine.watched.push_back({name, begin, begin + bytes});
+  machine.watched.push_back({name, begin, begin + bytes, 0});
 }
 void forget_all() { machine.watched.clear(); }
+std::size_t touched(const char* name) {
+  std::size_t bytes = 0;
+  for (const Watched& buffer : machine.watched)
+    if (buffer.name == name) bytes += buffer.touched;
+  return bytes;
+}
 
 Index here(int which) { return current("threadIdx")->here[which]; }
 

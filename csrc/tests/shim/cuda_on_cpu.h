@@ -68,6 +68,8 @@ bool logs_accesses();
 // Names global memory that kernels may touch. Once there is any, all other is out of bounds.
 void watch(const char* name, const void* memory, std::size_t bytes);
 void forget_all();
+// Bytes of it that kernels have loaded or stored since then, where accesses are logged.
+std::size_t touched(const char* name);
 
 Index here(int which);  // 0: threadIdx, 1: blockIdx, 2: blockDim, 3: gridDim; by value, to be in registers
 void sync_block(Site site);
