@@ -2,7 +2,7 @@
 // https://arxiv.org/abs/1805.02867; Dao et al., 2022, https://arxiv.org/abs/2205.14135).
 #include "fastlm/attention.h"
 
-#include "attention_block.h"
+#include "attention_bfloat.h"
 #include "threads.h"
 
 namespace fastlm {
@@ -113,22 +113,53 @@ void attend(const RowBlock& block, const Buffers& to) {
   finish(block, softmax, to.output, width);
 }
 
-}  // namespace
+// The floats of one key/value head.
+struct Copies {
+  float *query, *key, *value, *output;
 
-int64_t attention_scratch(const Attention& a) {
+  Copies(const Attention& a, Cut* cut) {
+    const int64_t rows = a.queries * (a.heads / a.kv_heads);
+    query = cut->take(rows * a.dim);
+    key = cut->take(a.keys * a.dim);
+    value = cut->take(a.keys * a.value_dim);
+    output = cut->take(rows * a.value_dim);
+  }
+};
+
+int64_t thread_scratch(const Attention& a) {
   Cut cut = {nullptr};
   Buffers(a, &cut);
-  return cut.used * a.threads;
+  if (a.bfloats) Copies(a, &cut);
+  return cut.used;
 }
 
+void attend_head(const HeadMemory& head, const Buffers& buffers, const Copies& to) {
+  const Attention& a = *head.a;
+  head.each_query(a.query, a.query_stride, to.query, a.dim, Widen{a.dim});
+  head.each_key(a.key, a.key_stride, to.key, a.dim, Widen{a.dim});
+  head.each_key(a.value, a.value_stride, to.value, a.value_dim, Widen{a.value_dim});
+  const Attention alone =
+      head.alone(to.query, to.key, to.value, to.output, a.lse != nullptr ? a.lse + head.lse() : nullptr);
+  for (int64_t block = row_blocks(alone); block-- > 0;) attend(row_block(alone, 0, block), buffers);
+  head.each_query(a.output, a.output_stride, to.output, a.value_dim, Round{a.value_dim});
+}
+
+}  // namespace
+
+int64_t attention_scratch(const Attention& a) { return thread_scratch(a) * a.threads; }
+
 void attention(const Attention& a) {
-  const int64_t blocks = row_blocks(a), tasks = a.batch * a.kv_heads * blocks;
+  const int64_t blocks = a.bfloats ? 1 : row_blocks(a), tasks = a.batch * a.kv_heads * blocks;
   const int64_t products = a.batch * a.heads * a.queries * a.keys * (a.dim + a.value_dim);
   const int64_t threads = smaller(smaller(a.threads, tasks), 1 + products / kProductsPerThread);
   int64_t next = 0;
-  parallel(static_cast<int>(threads), [&](int thread, int, Barrier&) {
-    Cut cut = {a.scratch + FASTLM_ISA::attention_scratch(a) / a.threads * thread};
+  parallel(static_cast<int>(threads), [&](int thread, int team, Barrier&) {
+    Cut cut = {a.scratch + thread_scratch(a) * thread};
     const Buffers buffers(a, &cut);
+    if (a.bfloats) {
+      const Copies copies(a, &cut);
+      return each_head(a, team, &next, [&](const HeadMemory& head) { attend_head(head, buffers, copies); });
+    }
     // Head by head, so that its keys stay in the caches; the late rows of a causal head, which take longest, first.
     for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;)
       attend(row_block(a, task / blocks, blocks - 1 - task % blocks), buffers);

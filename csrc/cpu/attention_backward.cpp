@@ -1,6 +1,6 @@
 // Attention backward: the weights are computed again from the scores and their log-sum-exp, block by block, as in Dao,
 // 2023 (https://arxiv.org/abs/2307.08691), but with the rows in the outer loop: they are what has to be transposed.
-#include "attention_block.h"
+#include "attention_bfloat.h"
 #include "threads.h"
 
 namespace fastlm {
@@ -52,9 +52,27 @@ struct Buffers {
   }
 };
 
+// The floats of one key/value head, and of its gradients; those of keys and values in whole vectors.
+struct Copies {
+  float *query, *key, *value, *output, *grad_output, *grad_query, *grad_key, *grad_value;
+
+  Copies(const Attention& a, const Plan& plan, Cut* cut) {
+    const int64_t rows = a.queries * (a.heads / a.kv_heads);
+    query = cut->take(rows * a.dim);
+    key = cut->take(a.keys * a.dim);
+    value = cut->take(a.keys * a.value_dim);
+    output = cut->take(rows * a.value_dim);
+    grad_output = cut->take(rows * a.value_dim);
+    grad_query = cut->take(rows * a.dim);
+    grad_key = cut->take(a.keys * plan.key_width);
+    grad_value = cut->take(a.keys * plan.value_width);
+  }
+};
+
 int64_t thread_scratch(const Attention& a) {
   Cut cut = {nullptr};
   Buffers(a, Plan(a), &cut);
+  if (a.bfloats) Copies(a, Plan(a), &cut);
   return cut.used;
 }
 
@@ -165,6 +183,30 @@ void differentiate_block(const AttentionBackward& g, const RowBlock& block, cons
     std::memcpy(grad_queries(r), to.grad_queries + r * plan.key_width, a.dim * sizeof(float));
 }
 
+void differentiate_head(const AttentionBackward& g, const HeadMemory& head, const Plan& plan, const Buffers& buffers,
+                        const Copies& to) {
+  const Attention& a = g.a;
+  head.each_query(a.query, a.query_stride, to.query, a.dim, Widen{a.dim});
+  head.each_key(a.key, a.key_stride, to.key, a.dim, Widen{a.dim});
+  head.each_key(a.value, a.value_stride, to.value, a.value_dim, Widen{a.value_dim});
+  head.each_query(a.output, a.output_stride, to.output, a.value_dim, Widen{a.value_dim});
+  head.each_query(g.grad_output, g.grad_output_stride, to.grad_output, a.value_dim, Widen{a.value_dim});
+  AttentionBackward alone = {};
+  alone.a = head.alone(to.query, to.key, to.value, to.output, a.lse + head.lse());
+  alone.grad_output = to.grad_output;
+  alone.grad_query = to.grad_query;
+  std::memcpy(alone.grad_output_stride, alone.a.output_stride, sizeof(alone.grad_output_stride));
+  std::memcpy(alone.grad_query_stride, alone.a.query_stride, sizeof(alone.grad_query_stride));
+  const KeySums grad_keys = {to.grad_key, plan.key_width}, grad_values = {to.grad_value, plan.value_width};
+  std::memset(to.grad_key, 0, sizeof(float) * a.keys * plan.key_width);
+  std::memset(to.grad_value, 0, sizeof(float) * a.keys * plan.value_width);
+  for (int64_t block = 0; block < row_blocks(alone.a); ++block)
+    differentiate_block(alone, row_block(alone.a, 0, block), plan, buffers, grad_keys, grad_values);
+  head.each_query(g.grad_query, g.grad_query_stride, to.grad_query, a.dim, Round{a.dim});
+  head.each_key(g.grad_key, g.grad_key_stride, to.grad_key, plan.key_width, Round{a.dim});
+  head.each_key(g.grad_value, g.grad_value_stride, to.grad_value, plan.value_width, Round{a.value_dim});
+}
+
 // One row of the gradients of keys or values from the tasks' sums.
 void add_partials(const Plan& plan, const float* partial, int64_t dim, float* to) {
   for (int64_t d = 0; d < dim; ++d) {
@@ -178,13 +220,13 @@ void add_partials(const Plan& plan, const float* partial, int64_t dim, float* to
 
 int64_t attention_backward_scratch(const AttentionBackward& g) {
   const Plan plan(g.a);
-  return thread_scratch(g.a) * g.threads + plan.partial * plan.heads * plan.splits;
+  return thread_scratch(g.a) * g.threads + (g.a.bfloats ? 0 : plan.partial * plan.heads * plan.splits);
 }
 
 void attention_backward(const AttentionBackward& g) {
   const Attention& a = g.a;
   const Plan plan(a);
-  const int64_t tasks = plan.heads * plan.splits, blocks = row_blocks(a), each = thread_scratch(a);
+  const int64_t tasks = a.bfloats ? plan.heads : plan.heads * plan.splits, blocks = row_blocks(a), each = thread_scratch(a);
   const int64_t products = a.batch * a.heads * a.queries * a.keys * (a.dim + a.value_dim);
   const int64_t threads = smaller(smaller(g.threads, tasks), 1 + products / kProductsPerThread);
   const auto head_offset = [&](const int64_t* stride, int64_t head) {
@@ -194,6 +236,11 @@ void attention_backward(const AttentionBackward& g) {
   parallel(static_cast<int>(threads), [&](int thread, int team, Barrier& barrier) {
     Cut cut = {a.scratch + each * thread};
     const Buffers buffers(a, plan, &cut);
+    if (a.bfloats) {
+      const Copies copies(a, plan, &cut);
+      return each_head(a, team, &next,
+                       [&](const HeadMemory& head) { differentiate_head(g, head, plan, buffers, copies); });
+    }
     float* const partials = a.scratch + each * g.threads;
     for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) {
       const int64_t head = task / plan.splits;

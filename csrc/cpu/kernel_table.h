@@ -20,6 +20,7 @@
 #include "fastlm/recurrent.h"
 #include "fastlm/rotary.h"
 #include "fastlm/sample.h"
+#include "fastlm/softmax_loss.h"
 
 // X(return type, name, parameter list, argument list)
 #define FASTLM_KERNEL_LIST(X)                                                       \
@@ -49,6 +50,8 @@
   X(void, norm_backward, (const NormBackward& a), (a))                              \
   X(int64_t, norm_backward_scratch, (const NormBackward& a), (a))                   \
   X(void, pack_panels, (const PackPanels& a), (a))                                  \
+  X(void, softmax_loss, (const SoftmaxLoss& a), (a))                                \
+  X(int64_t, softmax_loss_scratch, (const SoftmaxLoss& a), (a))                     \
   X(void, rotary, (const Rotary& a), (a))                                           \
   X(int64_t, packed_size, (int64_t k, int64_t n, int64_t gates, bool bfloat), (k, n, gates, bfloat)) \
   X(void, lstm_forward, (const LstmForward& a), (a))                                \

@@ -31,7 +31,7 @@ struct Tensor {
 
 Attention arguments(const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::object& mask, bool additive,
                     address slopes, int64_t slopes_stride, float scale, float softcap, int64_t window, bool causal,
-                    const py::tuple& out, address lse, int threads) {
+                    const py::tuple& out, address lse, bool bfloats, int threads) {
   const Tensor query(q), key(k), value(v), output(out);
   Attention a = {};
   a.batch = query.shape[0];
@@ -62,6 +62,9 @@ Attention arguments(const py::tuple& q, const py::tuple& k, const py::tuple& v, 
   a.window = window > 0 ? window : std::numeric_limits<int64_t>::max();
   a.causal = causal;
   a.lse = pointer<float>(lse);
+  a.bfloats = bfloats;
+  if (bfloats && (a.slopes != nullptr || a.mask_kind != AttentionMask::kNone))
+    throw py::value_error("attention: bfloat16 with a mask or slopes");
   a.threads = threads;
   return a;
 }
@@ -81,7 +84,7 @@ void backward(const py::tuple& forward_arguments, const py::tuple& grad_output, 
   AttentionBackward g = {};
   g.a = arguments(f[0], f[1], f[2], f[3], f[4].cast<bool>(), f[5].cast<address>(), f[6].cast<int64_t>(),
                   f[7].cast<float>(), f[8].cast<float>(), f[9].cast<int64_t>(), f[10].cast<bool>(), f[11],
-                  f[12].cast<address>(), f[13].cast<int>());
+                  f[12].cast<address>(), f[13].cast<bool>(), f[14].cast<int>());
   const Attention& a = g.a;
   const Sizes query = {a.batch, a.heads, a.queries, a.dim};
   const Sizes key = {a.batch, a.kv_heads, a.keys, a.dim}, value = {a.batch, a.kv_heads, a.keys, a.value_dim};
@@ -100,7 +103,7 @@ void backward(const py::tuple& forward_arguments, const py::tuple& grad_output, 
 // Tensors are (address, shape, strides), the mask (address, strides of its broadcast shape).
 void bind_attention(py::module_& m) {
   m.def("attention", &forward<const py::tuple&, const py::tuple&, const py::tuple&, const py::object&, bool, address,
-                              int64_t, float, float, int64_t, bool, const py::tuple&, address, int>);
+                              int64_t, float, float, int64_t, bool, const py::tuple&, address, bool, int>);
   m.def("attention_backward", &backward);
 }
 

@@ -75,5 +75,6 @@ void bind_lstm(py::module_& m);
 void bind_program(py::module_& m);
 void bind_rotary(py::module_& m);
 void bind_sample(py::module_& m);
+void bind_softmax_loss(py::module_& m);
 
 }  // namespace fastlm

@@ -22,4 +22,5 @@ PYBIND11_MODULE(_native, m) {
   fastlm::bind_program(m);
   fastlm::bind_rotary(m);
   fastlm::bind_sample(m);
+  fastlm::bind_softmax_loss(m);
 }

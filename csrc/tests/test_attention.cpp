@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -230,6 +231,103 @@ FASTLM_TEST(attention_gradients_agree_with_differences) {
     }
   Case blind(2, 1, 20, 3, 8, 8);
   CHECK(blind.gradient_error() < 2e-2);
+}
+
+namespace {
+
+std::vector<uint16_t> round_to_bfloats(std::vector<float>* x) {
+  std::vector<uint16_t> rounded;
+  for (float& v : *x) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof(bits));
+    bits = (bits + 0x8000) & 0xffff0000;
+    std::memcpy(&v, &bits, sizeof(bits));
+    rounded.push_back(static_cast<uint16_t>(bits >> 16));
+  }
+  return rounded;
+}
+
+double distance(const std::vector<uint16_t>& x, const std::vector<float>& y) {
+  double worst = 0, largest = 0;
+  for (size_t i = 0; i < y.size(); ++i) {
+    const uint32_t bits = static_cast<uint32_t>(x[i]) << 16;
+    float v;
+    std::memcpy(&v, &bits, sizeof(v));
+    worst = std::fmax(worst, std::abs(v - y[i]));
+    largest = std::fmax(largest, std::abs(y[i]));
+  }
+  return worst / largest;
+}
+
+}  // namespace
+
+// The same numbers in floats give the same results before they are rounded.
+FASTLM_TEST(attention_of_bfloats) {
+  for (int64_t dim : {3, 16, 40})
+    for (bool windowed : {false, true}) {
+      Case c(6, 2, 40, 200, dim, dim == 40 ? 17 : dim);
+      if (windowed) c.a.window = 100;
+      const auto query = round_to_bfloats(&c.query), key = round_to_bfloats(&c.key), value = round_to_bfloats(&c.value);
+      const auto upstream = round_to_bfloats(&c.upstream);
+      c.run();
+      Attention b = c.a;
+      std::vector<uint16_t> output(upstream.size(), 0x7fff);
+      const auto floats = [](const std::vector<uint16_t>& x) { return reinterpret_cast<const float*>(x.data()); };
+      const auto writable = [](std::vector<uint16_t>& x) { return reinterpret_cast<float*>(x.data()); };
+      b.bfloats = true;
+      b.query = floats(query);
+      b.key = floats(key);
+      b.value = floats(value);
+      b.output = writable(output);
+      std::vector<float> lse(c.lse.size(), NAN);
+      b.lse = lse.data();
+      b.threads = windowed ? 2 : 1;
+      Scratch scratch(fastlm::attention_scratch(b));
+      b.scratch = scratch.data();
+      fastlm::attention(b);
+      CHECK(lse == c.lse);
+      CHECK(distance(output, c.output) < 4e-3);
+      // The backward is given the rounded output, in floats too.
+      std::vector<float> rounded;
+      for (uint16_t half : output) {
+        const uint32_t bits = static_cast<uint32_t>(half) << 16;
+        float v;
+        std::memcpy(&v, &bits, sizeof(v));
+        rounded.push_back(v);
+      }
+      std::vector<float> dq(query.size(), NAN), dk(key.size(), NAN), dv(value.size(), NAN);
+      std::vector<uint16_t> dqb(query.size(), 0x7fff), dkb(key.size(), 0x7fff), dvb(value.size(), 0x7fff);
+      AttentionBackward g = {};
+      g.a = c.a;
+      g.a.output = rounded.data();
+      g.threads = b.threads;
+      g.grad_output = c.upstream.data();
+      const auto strides = [&](AttentionBackward* of) {
+        std::memcpy(of->grad_output_stride, c.a.output_stride, sizeof(c.a.output_stride));
+        std::memcpy(of->grad_query_stride, c.a.query_stride, sizeof(c.a.query_stride));
+        std::memcpy(of->grad_key_stride, c.a.key_stride, sizeof(c.a.key_stride));
+        std::memcpy(of->grad_value_stride, c.a.value_stride, sizeof(c.a.value_stride));
+      };
+      strides(&g);
+      g.grad_query = dq.data();
+      g.grad_key = dk.data();
+      g.grad_value = dv.data();
+      Scratch plain(fastlm::attention_backward_scratch(g));
+      g.a.scratch = plain.data();
+      fastlm::attention_backward(g);
+      AttentionBackward h = g;
+      h.a = b;
+      h.grad_output = floats(upstream);
+      h.grad_query = writable(dqb);
+      h.grad_key = writable(dkb);
+      h.grad_value = writable(dvb);
+      Scratch narrow(fastlm::attention_backward_scratch(h));
+      h.a.scratch = narrow.data();
+      fastlm::attention_backward(h);
+      CHECK(distance(dqb, dq) < 4e-3);
+      CHECK(distance(dkb, dk) < 4e-3);
+      CHECK(distance(dvb, dv) < 4e-3);
+    }
 }
 
 FASTLM_TEST(attention_threads_change_no_bit) {

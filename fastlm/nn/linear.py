@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.ops.quantized import QuantizedTensor
 
-__all__ = ["Linear", "QuantizedLinear", "project"]
+__all__ = ["Linear", "QuantizedLinear", "plain", "project"]
 
 
 class Linear(nn.Linear):
@@ -56,13 +56,21 @@ class QuantizedLinear(nn.Module):
 def project(input: Tensor, *layers: Linear | QuantizedLinear) -> list[Tensor]:
     """What each layer gives for one input; by `ops.linear_group` where nothing has replaced or hooks into a layer."""
     computes = {layer.compute for layer in layers if isinstance(layer, QuantizedLinear)} or {"fast"}
-    plain = all(
+    if not _untouched(*layers) or len(computes) > 1:
+        return [layer(input) for layer in layers]
+    return ops.linear_group(input, [x.weight for x in layers], [x.bias for x in layers], compute=computes.pop())
+
+
+def plain(*layers: nn.Module) -> bool:
+    """Whether these are dense layers that nothing has replaced or hooks into: an op may take their weights."""
+    return all(type(layer) is Linear for layer in layers) and _untouched(*layers)
+
+
+def _untouched(*layers: nn.Module) -> bool:
+    return all(
         type(layer) in (Linear, QuantizedLinear) and not (layer._forward_hooks or layer._forward_pre_hooks)
         for layer in layers
     )
-    if not plain or len(computes) > 1:
-        return [layer(input) for layer in layers]
-    return ops.linear_group(input, [x.weight for x in layers], [x.bias for x in layers], compute=computes.pop())
 
 
 def apply_to_weight(fn: Callable[[Tensor], Tensor], weight: QuantizedTensor) -> QuantizedTensor:

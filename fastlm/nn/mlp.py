@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastlm import ops
-from fastlm.nn.linear import Linear, project
+from fastlm.nn.linear import Linear, plain, project
 
 __all__ = ["MLP", "SwiGLU"]
 
@@ -22,7 +22,9 @@ class MLP(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.gelu(self.up(x)))
+        if not plain(self.up, self.down):
+            return self.down(ops.gelu(self.up(x)))
+        return ops.feed_forward(x, self.up.weight, self.down.weight, up_bias=self.up.bias, down_bias=self.down.bias)
 
 
 class SwiGLU(nn.Module):
@@ -38,5 +40,15 @@ class SwiGLU(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = project(x, self.gate, self.up)
-        return self.down(ops.swiglu(gate, up))
+        if not plain(self.gate, self.up, self.down):
+            gate, up = project(x, self.gate, self.up)
+            return self.down(ops.swiglu(gate, up))
+        return ops.feed_forward(
+            x,
+            self.up.weight,
+            self.down.weight,
+            up_bias=self.up.bias,
+            down_bias=self.down.bias,
+            gate=self.gate.weight,
+            gate_bias=self.gate.bias,
+        )

@@ -8,6 +8,7 @@ from fastlm.ops.attention_packed import packed_attention
 from fastlm.ops.attention_paged import attention_paged
 from fastlm.ops.attention_varlen import attention_varlen
 from fastlm.ops.cross_entropy import cross_entropy
+from fastlm.ops.feed_forward import feed_forward
 from fastlm.ops.gru import gru, gru_cell
 from fastlm.ops.kv_cache import kv_append, offset
 from fastlm.ops.layer_norm import layer_norm
@@ -34,6 +35,7 @@ __all__ = [
     "backend",
     "cross_entropy",
     "explain",
+    "feed_forward",
     "gelu",
     "gru",
     "gru_cell",

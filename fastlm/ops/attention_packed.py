@@ -23,6 +23,10 @@ Rotary: TypeAlias = tuple[Tensor, Tensor, bool]
 
 __all__ = ["packed_attention"]
 
+_BFLOAT_HEADS = 16
+"""From so many key/value heads on, bfloat16 goes into the kernel as it is, each head on one thread; fewer become floats
+beforehand, and threads share a head."""
+
 
 def _split(packed: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views [B, H, T, D] of the query, key and value in [B, T, (heads + 2 kv_heads) D]."""
@@ -46,7 +50,9 @@ class _PackedAttention(torch.autograd.Function):
         heads: tuple[int, int],
         options: tuple[Any, ...],
     ) -> Tensor:
-        query, key, value = _split(convert(packed, torch.float32), *heads)
+        plain = query_norm is None and rotary is None
+        direct = plain and packed.dtype is torch.bfloat16 and len(packed) * heads[1] >= _BFLOAT_HEADS
+        query, key, value = _split(packed if direct else convert(packed, torch.float32), *heads)
         statistics: list[Tensor | None] = [None, None]
         if query_norm is not None:
             query, statistics[0], _ = norm(query, query_norm, None, eps, centre=False, save=True)
@@ -54,22 +60,25 @@ class _PackedAttention(torch.autograd.Function):
         if rotary is not None:
             query, key = rotate(query, *rotary, None), rotate(key, *rotary, None)
         output, lse = kernel.attention(query, key, value, *options, save=True)
-        turned = (None, None) if query_norm is None and rotary is None else (query, key)
+        turned = (None, None) if plain else (query, key)
+        output = output.transpose(1, 2).flatten(2)
         ctx.save_for_backward(packed, output, lse, *turned, query_norm, key_norm, *statistics)
         ctx.rest = rotary, heads, options
-        return convert(output.transpose(1, 2).flatten(2), packed.dtype)
+        return convert(output, packed.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         differentiable_once("packed_attention")
         packed, output, lse, query, key, query_norm, key_norm, *statistics = ctx.saved_tensors
         rotary, heads, options = ctx.rest
-        inputs = convert(packed, torch.float32)
+        inputs = convert(packed, output.dtype)
         given, grad = _split(inputs, *heads), torch.empty_like(inputs)
         places = _split(grad, *heads)
         plain = query is None
         out = places if plain else (torch.empty_like(query), torch.empty_like(key), places[2])
-        grad_output = convert(grad_output, torch.float32).unflatten(2, (heads[0], -1)).transpose(1, 2)
+        grad_output, output = (
+            t.unflatten(2, (heads[0], -1)).transpose(1, 2) for t in (convert(grad_output, output.dtype), output)
+        )
         first = given[:2] if plain else (query, key)
         kernel.attention_backward(grad_output, *first, given[2], output, lse, *options, out=out)
         norm_grads: list[Tensor | None] = [None, None]

@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm.kernels import native
+from fastlm.kernels.cpu.cross_entropy import softmax_loss
 from fastlm.ops.checks import describe, expect_shape
-from fastlm.ops.library import tracing, triton_float_why_not, triton_kernel, triton_why_not
+from fastlm.ops.library import (
+    opaque_kernel_why_not,
+    tracing,
+    triton_float_why_not,
+    triton_kernel,
+    triton_why_not,
+)
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import cross_entropy as reference
 
@@ -60,13 +68,13 @@ def _sweep(
     chunk: int,
     factors: Tensor | None,
     wants: list[bool],
-    fused: bool,
+    softmax: str,
 ) -> tuple[Tensor, _Gradients]:
     """Goes over the tokens in chunks. Returns each token's loss, and the gradients of sum(factors * losses).
 
     With p the softmax and y the smoothed one-hot target, a token's gradient with respect to its logits is
-    factor * (p - y). `factors` is [N] and 0 for ignored tokens, or None where no gradient is wanted. `fused`: the
-    softmax is one Triton kernel.
+    factor * (p - y). `factors` is [N] and 0 for ignored tokens, or None where no gradient is wanted. `softmax`:
+    whose, "cpu" and "triton" being one kernel each.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
@@ -79,10 +87,13 @@ def _sweep(
         part = slice(start, start + chunk)
         h, factor = hidden[part], None if factors is None else factors[part].to(wide)
         options = (bias, target[part], ignore_index, smoothing, factor)
-        if fused:
+        if softmax == "cpu":
+            slopes = h @ weight.T
+            losses[part] = softmax_loss(slopes, *options)  # and the gradient has taken the logits' place
+        elif softmax == "triton":
             rows = h.new_empty(h.shape[0], -(-vocabulary // 64) * 64)  # padded, for aligned rows are read at once
             slopes = torch.mm(h, weight.T, out=rows[:, :vocabulary])
-            losses[part] = _TRITON(slopes, *options)  # and the gradient has taken the logits' place
+            losses[part] = _TRITON(slopes, *options)
         else:
             losses[part], slopes = _softmax_loss(h @ weight.T, *options)
         if factor is None:
@@ -109,7 +120,7 @@ def _forward(
     reduction: str,
     chunk: int,
     wants: list[bool],
-    fused: bool,
+    softmax: str,
 ) -> tuple[Tensor, _Gradients]:
     """The loss; for "mean" and "sum" also its gradients, which the backward then only scales.
 
@@ -122,7 +133,7 @@ def _forward(
         if reduction == "mean":
             factors = factors / kept.sum().clamp(min=1)
     losses, gradients = _sweep(
-        hidden, weight, target, bias, ignore_index, smoothing, chunk, factors if any(wants) else None, wants, fused
+        hidden, weight, target, bias, ignore_index, smoothing, chunk, factors if any(wants) else None, wants, softmax
     )
     if reduction == "none":
         return losses, gradients
@@ -142,11 +153,11 @@ def _backward(
     smoothing: float,
     chunk: int,
     wants: list[bool],
-    fused: bool,
+    softmax: str,
 ) -> _Gradients:
     """The gradients of reduction "none" for the incoming gradient [N]."""
     factors = torch.where(target != ignore_index, grad, 0.0)
-    return _sweep(hidden, weight, target, bias, ignore_index, smoothing, chunk, factors, wants, fused)[1]
+    return _sweep(hidden, weight, target, bias, ignore_index, smoothing, chunk, factors, wants, softmax)[1]
 
 
 class _Chunked(torch.autograd.Function):
@@ -161,20 +172,23 @@ class _Chunked(torch.autograd.Function):
         smoothing: float,
         reduction: str,
         chunk: int,
-        fused: bool,
+        softmax: str,
     ) -> Tensor:
         wants = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         loss, gradients = _forward(
-            hidden, weight, target, bias, ignore_index, smoothing, reduction, chunk, wants, fused
+            hidden, weight, target, bias, ignore_index, smoothing, reduction, chunk, wants, softmax
         )
-        _save(ctx, (hidden, weight, target, bias), gradients, (ignore_index, smoothing, chunk, wants, fused), reduction)
+        _save(
+            ctx, (hidden, weight, target, bias), gradients, (ignore_index, smoothing, chunk, wants, softmax), reduction
+        )
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         if torch.is_grad_enabled():  # create_graph=True: the gradients would pass for constants
             raise RuntimeError("cross_entropy has no second derivative; fastlm.backend('reference') has")
-        return *_gradients(ctx, grad, _backward), None
+        # Where the loss itself is differentiated there is nothing to scale.
+        return *_gradients(ctx, grad, _backward, scale=not (ctx.ready and grad.is_cpu and bool(grad == 1))), None
 
 
 def _save(
@@ -185,12 +199,23 @@ def _save(
     ctx.save_for_backward(*(gradients if ctx.ready else inputs))
 
 
-def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
-    """One entry for each argument of the public op but the last, `wants` or `fused`."""
+def _gradients(ctx: Any, grad: Tensor, backward: Any, *, scale: bool = True) -> tuple[Tensor | None, ...]:
+    """One entry for each argument of the public op but the last, `wants` or `softmax`."""
     wants = ctx.options[3]
-    found = [grad * g for g in ctx.saved_tensors] if ctx.ready else backward(grad, *ctx.saved_tensors, *ctx.options)
+    found = ctx.saved_tensors if ctx.ready else backward(grad, *ctx.saved_tensors, *ctx.options)
+    if ctx.ready and scale:
+        found = [grad * g for g in found]
     hidden, weight, bias = (g if want else None for g, want in zip(found, wants, strict=True))
     return hidden, weight, None, bias, None, None, None, None
+
+
+def _cpu_why_not(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *_: Any) -> str | None:
+    if weight.shape[0] == 0:
+        return "the vocabulary is empty"
+    if not target.is_cpu:
+        return f"target is on {target.device}"
+    dtype = torch.bfloat16 if hidden.dtype is torch.bfloat16 else torch.float32
+    return opaque_kernel_why_not(native.CPU, hidden, weight, bias, dtypes=(dtype,))
 
 
 def _triton_why_not(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *_: Any) -> str | None:
@@ -199,11 +224,17 @@ def _triton_why_not(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor
     return triton_float_why_not(hidden, weight, bias) or triton_why_not(hidden, target)
 
 
+def _softmax_for(*args: Any) -> str:
+    """Whose softmax a traced call takes."""
+    return next((i.name for i in CROSS_ENTROPY.implementations if i.why_not(*args) is None), "torch")
+
+
 CROSS_ENTROPY = Op(
     "cross_entropy",
     [
-        Implementation("triton", lambda *args: _Chunked.apply(*args, True), _triton_why_not),
-        Implementation("torch", lambda *args: _Chunked.apply(*args, False), always),
+        Implementation("cpu", lambda *args: _Chunked.apply(*args, "cpu"), _cpu_why_not),
+        Implementation("triton", lambda *args: _Chunked.apply(*args, "triton"), _triton_why_not),
+        Implementation("torch", lambda *args: _Chunked.apply(*args, "torch"), always),
         Implementation("reference", reference.cross_entropy, always),
     ],
 )
@@ -221,9 +252,9 @@ def _cross_entropy(
     chunk_size: int,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    fused = _triton_why_not(hidden, weight, target, bias) is None
+    softmax = _softmax_for(hidden, weight, target, bias)
     loss, gradients = _forward(
-        hidden, weight, target, bias, ignore_index, label_smoothing, reduction, chunk_size, wants, fused
+        hidden, weight, target, bias, ignore_index, label_smoothing, reduction, chunk_size, wants, softmax
     )
     return loss, *gradients
 
@@ -257,8 +288,8 @@ def _cross_entropy_backward(
     chunk_size: int,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    fused = _triton_why_not(hidden, weight, target, bias) is None
-    return _backward(grad, hidden, weight, target, bias, ignore_index, label_smoothing, chunk_size, wants, fused)
+    softmax = _softmax_for(hidden, weight, target, bias)
+    return _backward(grad, hidden, weight, target, bias, ignore_index, label_smoothing, chunk_size, wants, softmax)
 
 
 @_cross_entropy_backward.register_fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,17 +13,32 @@ from fastlm.kernels.cpu.elementwise import convert
 from fastlm.ops.library import differentiable_once, needs_grad, opaque_kernel_why_not
 from fastlm.ops.registry import choosing
 
-__all__ = ["is_mixed", "mixed_linear"]
+__all__ = ["differentiate", "is_mixed", "mixed_linear", "product"]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b for bfloat16 x [N, K] and weight; the bias is float32."""
+    return x @ weight.t() if bias is None else torch.addmm(convert(bias, torch.bfloat16), x, weight.t())
+
+
+def differentiate(
+    grad: Tensor, x: Tensor, weight: Tensor, wants: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `product` for its own, [N, M]: of x in bfloat16, of the layer's weight and bias in float32."""
+    return (
+        grad @ weight if wants[0] else None,
+        convert(grad.t() @ x, torch.float32) if wants[1] else None,
+        convert(grad.sum(dim=0), torch.float32) if wants[2] else None,
+    )
 
 
 class _MixedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, w = convert(input, torch.bfloat16).reshape(-1, input.shape[-1]), convert(weight, torch.bfloat16)
-        y = x @ w.t() if bias is None else torch.addmm(convert(bias, torch.bfloat16), x, w.t())
         ctx.save_for_backward(x, w)
         ctx.input = input.shape, input.dtype
-        return y.view(*input.shape[:-1], len(weight))
+        return product(x, w, bias).view(*input.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -30,25 +46,21 @@ class _MixedLinear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         shape, dtype = ctx.input
         g = convert(grad_output, torch.bfloat16).reshape(-1, len(w))
-        want_input, want_weight, want_bias = ctx.needs_input_grad
-        return (
-            convert(g @ w, dtype).view(shape) if want_input else None,
-            convert(g.t() @ x, torch.float32) if want_weight else None,
-            convert(g.sum(dim=0), torch.float32) if want_bias else None,
-        )
+        grad_input, *grads = differentiate(g, x, w, ctx.needs_input_grad)
+        return None if grad_input is None else convert(grad_input, dtype).view(shape), *grads
 
 
-def is_mixed(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `mixed_linear` can stand for this layer: bfloat16 autocast on a CPU, and a gradient is wanted."""
+def is_mixed(input: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether `mixed_linear` can stand for such a layer: bfloat16 autocast on a CPU, and a gradient is wanted."""
     return (
         torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") is torch.bfloat16
         and choosing()
         and input.dtype in (torch.float32, torch.bfloat16)
         and input.numel() > 0
-        and needs_grad(input, weight, bias)
+        and needs_grad(input, *parameters)
         and opaque_kernel_why_not(native.CPU, input, dtypes=(input.dtype,)) is None
-        and opaque_kernel_why_not(native.CPU, weight, bias) is None
+        and opaque_kernel_why_not(native.CPU, *parameters) is None
     )
 
 

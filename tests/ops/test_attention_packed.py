@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -44,14 +45,39 @@ def compare(found: tuple[Tensor, Tensor], packed: Tensor, upstream: Tensor, *opt
     dim=st.sampled_from([1, 8, 16, 20, 32, 64]),
     window=st.none() | st.integers(1, 80),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    direct=st.booleans(),
 )
 def test_agrees_with_the_reference(
-    batch: int, tokens: int, kv_heads: int, group: int, dim: int, window: int | None, dtype: torch.dtype
+    batch: int, tokens: int, kv_heads: int, group: int, dim: int, window: int | None, dtype: torch.dtype, direct: bool
 ) -> None:
-    heads = kv_heads * group
+    heads, module = kv_heads * group, sys.modules["fastlm.ops.attention_packed"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BFLOAT_HEADS", 1 if direct else 100)
+        check(batch, tokens, kv_heads, heads, dim, window, dtype)
+
+
+def check(batch: int, tokens: int, kv_heads: int, heads: int, dim: int, window: int | None, dtype: torch.dtype) -> None:
     packed = torch.randn(batch, tokens, (heads + 2 * kv_heads) * dim).to(dtype)
     upstream = torch.randn(batch, tokens, heads * dim).to(dtype)
     compare(run(packed, upstream, heads, kv_heads, window), packed, upstream, heads, kv_heads, window)
+
+
+@needs_native
+@pytest.mark.parametrize("batch", [2, 9])
+def test_bfloat16_heads_depend_on_themselves_alone(batch: int, isa: str) -> None:
+    packed, upstream = torch.randn(batch, 110, 16 * 24).bfloat16(), torch.randn(batch, 110, 8 * 24).bfloat16()
+    threads = torch.get_num_threads()
+    y, grad = run(packed, upstream, 8, 4, None)
+    if batch == 9:  # 36 heads; four more or fewer do not matter
+        part = run(packed[2:7], upstream[2:7], 8, 4, None)
+        assert torch.equal(part[0], y[2:7]) and torch.equal(part[1], grad[2:7])
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            again = run(packed, upstream, 8, 4, None)
+            assert torch.equal(again[0], y) and torch.equal(again[1], grad)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Turned:

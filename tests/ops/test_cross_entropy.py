@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastlm import ops
+from fastlm.kernels import native
+from fastlm.kernels.cpu.cross_entropy import softmax_loss
 
+needs_native = pytest.mark.skipif(native.CPU.module is None, reason="the native module is not built")
 Loss = Callable[..., Tensor]
 REDUCTIONS = ["none", "mean", "sum"]
 
@@ -107,16 +111,105 @@ def test_any_shape_and_stride(tokens: int, dim: int, vocabulary: int, chunk: int
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_as_accurate_as_torch_in_the_same_dtype(dtype: torch.dtype, reduction: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_as_accurate_as_torch_in_the_same_dtype(backend: str, dtype: torch.dtype, reduction: str) -> None:
+    if backend == "cpu" and (dtype is torch.float16 or native.CPU.module is None):
+        pytest.skip("the native kernel takes float32 and bfloat16")
     tensors, target = _case(60, 16, 300, dtype)
     wide = [t.detach().double().requires_grad_() for t in tensors]
     found = []
     for inputs, loss in ((tensors, ops.cross_entropy), (tensors, _plain), (wide, _plain)):
-        value = loss(inputs[0], inputs[1], target, bias=inputs[2], reduction=reduction, chunk_size=13)
+        with ops.backend(backend):
+            value = loss(inputs[0], inputs[1], target, bias=inputs[2], reduction=reduction, chunk_size=13)
         found.append([value.detach(), *torch.autograd.grad(value.sum(), inputs)])
     assert [t.dtype for t in found[0]] == [torch.float32, dtype, dtype, dtype]
     for fast, same, exact in zip(*found, strict=True):
         assert_close_to_reference(fast, same, exact)
+
+
+def _native_pair(
+    smoothing: float, with_bias: bool, vocabulary: int, dtype: torch.dtype, ignore: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Losses and gradients of each token's loss by the native kernel, and by torch in the same dtype and in float64."""
+    tensors, target = _case(20, 5, vocabulary, dtype)
+    if ignore >= 0:
+        target = target.clamp(min=0)
+    leaves = tensors[: 2 + with_bias]
+    wide = [t.detach().double() for t in leaves]
+    upstream, found = torch.randn(20, dtype=torch.float64), []
+    for inputs, loss in ((leaves, ops.cross_entropy), (leaves, _plain), (wide, _plain)):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing, "ignore_index": ignore}
+        value = loss(inputs[0], inputs[1], target, bias=inputs[2] if with_bias else None, chunk_size=7, **options)
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+        found.append([value.detach(), *torch.autograd.grad(value, inputs, upstream.to(value.dtype))])
+    return found[0], found[1], found[2]
+
+
+def _hold(found: tuple[list[Tensor], list[Tensor], list[Tensor]], dtype: torch.dtype) -> None:
+    # A narrow gradient of the head is summed over chunks, each rounded: torch rounds once.
+    floor = 2e-6 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps
+    for fast, same, exact in zip(*found, strict=True):
+        assert_close_to_reference(fast, same, exact, floor=floor)
+
+
+@needs_native
+@settings(deadline=None, max_examples=60)
+@given(
+    smoothing=st.sampled_from([0.0, 0.2, 1.0]),
+    with_bias=st.booleans(),
+    vocabulary=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    ignore=st.sampled_from([-100, 0]),
+)
+def test_the_native_kernel(smoothing: float, with_bias: bool, vocabulary: int, dtype: torch.dtype, ignore: int) -> None:
+    with ops.backend("cpu"):
+        _hold(_native_pair(smoothing, with_bias, vocabulary, dtype, ignore), dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("fault", ["bias", "smoothing", "factors", "ignored", "gradient"])
+def test_faults_planted_before_the_native_kernel_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["fastlm.ops.cross_entropy"]
+    kernel = module.softmax_loss
+
+    def wrong(logits: Tensor, bias: Any, target: Tensor, ignore: int, smoothing: float, factors: Any) -> Tensor:
+        bias = None if fault == "bias" else bias
+        smoothing = 0.0 if fault == "smoothing" else smoothing
+        target = target.clamp(min=0) if fault == "ignored" else target
+        factors = torch.ones_like(factors) if fault == "factors" and factors is not None else factors
+        before = logits.clone()
+        losses: Tensor = kernel(logits, bias, target, ignore, smoothing, factors)
+        if fault == "gradient":
+            logits.copy_(before)
+        return losses
+
+    _hold(_native_pair(0.2, True, 33, torch.float32, -100), torch.float32)
+    monkeypatch.setattr(module, "softmax_loss", wrong)
+    with pytest.raises(AssertionError):
+        _hold(_native_pair(0.2, True, 33, torch.float32, -100), torch.float32)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_the_native_kernel_depends_on_itself_alone(dtype: torch.dtype, isa: str) -> None:
+    logits, target, factors = torch.randn(300, 77).to(dtype), torch.randint(77, (300,)), torch.rand(300)
+    whole = logits.clone()
+    losses = softmax_loss(whole, None, target, -100, 0.1, factors)
+    threads = torch.get_num_threads()
+    try:
+        for count, rows in ((1, slice(0, 300)), (3, slice(0, 300)), (1, slice(17, 18)), (3, slice(5, 290))):
+            torch.set_num_threads(count)
+            part = logits[rows].clone()
+            assert torch.equal(softmax_loss(part, None, target[rows], -100, 0.1, factors[rows]), losses[rows])
+            assert torch.equal(part, whole[rows])
+    finally:
+        torch.set_num_threads(threads)
+    logits[3] = torch.nan  # a token that does not count leaves no trace
+    target[3] = -100
+    assert softmax_loss(logits, None, target, -100, 0.1, factors).isfinite().all() and logits.isfinite().all()
+    with pytest.raises(IndexError, match="target 77 is not in"):
+        softmax_loss(logits, None, target.fill_(77), -100, 0.0, None)
 
 
 def test_logits_of_a_thousand_do_not_overflow_or_cancel() -> None:

@@ -33,6 +33,9 @@ struct Attention {
   float* output;  // [batch, heads, queries, value_dim]; overlaps no input
   int64_t output_stride[3];
   float* lse;      // [batch, heads, queries], contiguous: log of the sum of exp(score), -inf where none is seen; or null
+  // Queries, keys, values, outputs and their gradients are bfloat16 behind these pointers; the arithmetic is float's, and
+  // a result is rounded once. Without mask and slopes.
+  bool bfloats;
   float* scratch;  // attention_scratch(...) floats, 64-byte aligned, for the time of the call
   int threads;     // at most. A query's result depends on neither it, nor the other queries, nor the batch
 };

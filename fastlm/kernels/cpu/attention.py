@@ -63,6 +63,7 @@ class _Arguments:
             causal,
             _layout(output),
             0 if lse is None else lse.data_ptr(),
+            query.dtype is torch.bfloat16,
             native.num_threads(),
         )
 
@@ -71,11 +72,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, save: bo
     """The output [B, H, Tq, Dv], stored as [B, Tq, H, Dv], and with `save` the log-sum-exp [B, H, Tq] of the scores.
 
     `options` are causal, mask, scale, window, softcap and alibi_slopes as in `fastlm.ops.attention`. The tensors are
-    float32 (the mask bool or floating) and not empty. Without `save` the second result is empty.
+    float32 (the mask bool or floating) or, with neither mask nor slopes, all bfloat16, and not empty. Without `save`
+    the second result is empty.
     """
     batch, heads, queries, _ = query.shape
     output = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
-    lse = query.new_empty((batch, heads, queries) if save else 0)
+    lse = query.new_empty((batch, heads, queries) if save else 0, dtype=torch.float32)
     arguments = _Arguments(query, key, value, output, lse if save else None, *options)
     native.CPU.require().attention(*arguments.native)
     return output, lse
