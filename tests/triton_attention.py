@@ -15,7 +15,7 @@ import torch
 from tolerance import assert_close_to_reference
 from torch import Tensor
 
-from fastlm.ops.attention import _TRITON, _by_kernel
+from fastlm.ops import attention_kernels
 from fastlm.reference import attention as reference
 from fastlm.reference.attention import Options, Packing
 from fastlm.reference.philox import philox4x32
@@ -201,7 +201,7 @@ def by_kernel(case: Case, seed: int | None) -> tuple[Tensor, Tensor]:
     o = case.options._replace(
         sinks=case.sinks, seed=None if seed is None else torch.tensor([seed], device=case.tensors[0].device)
     )
-    return _by_kernel(_TRITON, *case.tensors[:3], o)
+    return attention_kernels.by_kernel(attention_kernels.TRITON, *case.tensors[:3], o)
 
 
 def rounded(case: Case, seed: int | None) -> tuple[Tensor, Tensor]:

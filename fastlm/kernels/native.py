@@ -61,8 +61,8 @@ def recording_on_device() -> Iterator[None]:
 
 
 def values_unknown() -> bool:
-    """Whether the calling thread is within `recording_on_device`."""
-    return getattr(_on_device, "recording", False)
+    """Whether the calling thread is within `recording_on_device`, or torch.compile or torch.export traces it."""
+    return torch.compiler.is_compiling() or getattr(_on_device, "recording", False)
 
 
 class NativeModule:

@@ -206,8 +206,8 @@ class CausalLM(nn.Module):
         if context is not None and input_ids.shape[1] > context:
             raise ValueError(f"input_ids: {input_ids.shape[1]} tokens exceed the model's context length of {context}")
         # Looking at the values would wait for an accelerator; there the embedding's own assertion has to do.
-        # A recorded step feeds itself; what it is first given is not what it will read.
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and not native.recording():
+        # A recorded step feeds itself; what it is first given is not what it will read. Nor is what is traced with.
+        if input_ids.device.type == "cpu" and not native.recording():
             low, high = torch.aminmax(input_ids)
             if low < 0 or high >= self.config.vocab_size:
                 found = int(low) if low < 0 else int(high)

@@ -2,264 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from fastlm.kernels import native
-from fastlm.kernels.cpu import attention as cpu
-from fastlm.ops import library
-from fastlm.ops.checks import describe, refuse
-from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing, triton_kernel
-from fastlm.ops.registry import Implementation, Op, always
-from fastlm.reference import attention as reference
+from fastlm.ops.attention_kernels import ATTENTION, ATTENTION_LSE
+from fastlm.ops.attention_traced import traced_attention
+from fastlm.ops.checks import describe
+from fastlm.ops.library import tracing
 from fastlm.reference.attention import Options
 
-__all__ = ["attention", "attention_lse"]
-
-
-class _Kernel(NamedTuple):
-    """A kernel of which autograd sees nothing."""
-
-    forward: Callable[[Tensor, Tensor, Tensor, Options], tuple[Tensor, Tensor]]
-    """query, key, value, options: the output and the log-sum-exp."""
-    backward: Callable[..., tuple[Tensor | None, ...]]
-    """The gradients of these two (the second may be None), query, key, value, output, log-sum-exp, options: the
-    gradients of query, key, value and sinks."""
-
-
-def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, o: Options) -> tuple[Tensor, Tensor]:
-    return cpu.attention(query, key, value, *o[:6], save=True)
-
-
-def _cpu_backward(grad_output: Tensor, grad_lse: Tensor | None, *given: Any) -> tuple[Tensor | None, ...]:
-    *tensors, o = given
-    return *cpu.attention_backward(grad_output, *tensors, *o[:6]), None
-
-
-_CPU = _Kernel(_cpu_forward, _cpu_backward)
-_TRITON = _Kernel(triton_kernel("attention", "attention"), triton_kernel("attention", "attention_backward"))
-
-
-class _Attention(torch.autograd.Function):
-    """Output and log-sum-exp by a kernel. `sinks` are those of the options, seen by autograd."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, kernel: _Kernel, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, o: Options
-    ) -> tuple[Tensor, Tensor]:
-        output, lse = kernel.forward(query, key, value, o)
-        ctx.names = [name for name, option in zip(o._fields, o, strict=True) if isinstance(option, Tensor)]
-        ctx.save_for_backward(query, key, value, output, lse, *(getattr(o, name) for name in ctx.names))
-        nothing: dict[str, Any] = dict.fromkeys(ctx.names)
-        ctx.options, ctx.kernel = o._replace(**nothing), kernel
-        ctx.set_materialize_grads(False)
-        return output, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        query, key, value, output, lse, *tensors = ctx.saved_tensors
-        o = ctx.options._replace(**dict(zip(ctx.names, tensors, strict=True)))
-        grad_output = torch.zeros_like(output) if grad_output is None else grad_output
-        given = (grad_output, grad_lse, query, key, value, output, lse, o)
-        return None, *_AttentionGradients.apply(ctx.kernel, *given), None
-
-
-class _AttentionGradients(torch.autograd.Function):
-    """The backward of `_Attention`, a function of its own so that differentiating it fails with a reason."""
-
-    @staticmethod
-    def forward(ctx: Any, kernel: _Kernel, *given: Any) -> tuple[Tensor | None, ...]:
-        return kernel.backward(*given)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise NotImplementedError(
-            "attention: the native backward has no derivative of its own; run the forward under "
-            "fastlm.backend('reference') to differentiate it twice"
-        )
-
-
-def _by_kernel(kernel: _Kernel, query: Tensor, key: Tensor, value: Tensor, o: Options) -> tuple[Tensor, Tensor]:
-    if needs_grad(query, key, value, o.sinks):
-        result: tuple[Tensor, Tensor] = _Attention.apply(kernel, query, key, value, o.sinks, o)
-        return result
-    return kernel.forward(query, key, value, o)
-
-
-def _empty(*tensors: Tensor) -> bool:
-    return any(0 in tensor.shape for tensor in tensors)
-
-
-def _cpu_run(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    o = Options(*options)
-    if needs_grad(query, key, value):
-        return _by_kernel(_CPU, query, key, value, o)[0]
-    return cpu.attention(query, key, value, *o[:6])[0]
-
-
-def _cpu_why_not(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> str | None:
-    o = Options(*options)
-    return refuse(
-        (o.dropout_p > 0, "the kernel has no dropout"),
-        (o.sinks is not None, "the kernel has no sinks"),
-        (o.top_left and query.shape[2] != key.shape[2], "the kernel aligns queries and keys at their ends"),
-        (needs_grad(o.mask, o.alibi_slopes), "a gradient of the mask or the slopes is wanted"),
-        (_empty(query, key, value), "an empty query, key or value"),
-        (
-            any(t is not None and not t.is_cpu for t in (o.mask, o.alibi_slopes)),
-            "the mask or the slopes are not on the CPU",
-        ),
-    ) or opaque_kernel_why_not(native.CPU, query, key, value)
-
-
-def _cpu_lse_why_not(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> str | None:
-    if needs_grad(query, key, value):
-        return "the kernel has no gradient of the log-sum-exp"
-    return _cpu_why_not(query, key, value, *options)
-
-
-def by_triton(query: Tensor, key: Tensor, value: Tensor, o: Options) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp by Triton's kernels, with a seed drawn for dropout."""
-    if o.dropout_p > 0:
-        o = o._replace(seed=torch.randint(-(2**63), 2**63 - 1, (1,), device=query.device))
-    return _by_kernel(_TRITON, query, key, value, o)
-
-
-def _triton_lse(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return by_triton(query, key, value, Options(*options))
-
-
-def _triton_run(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    return by_triton(query, key, value, Options(*options))[0]
-
-
-def triton_why_not(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> str | None:
-    o = Options(*options)
-    features = max(query.shape[-1], value.shape[-1])
-    return library.triton_why_not(query, key, value, o.mask, o.alibi_slopes, o.sinks) or refuse(
-        (
-            query.dtype not in (torch.float32, torch.float16, torch.bfloat16),
-            f"{query.dtype}: the kernel takes float32, float16 and bfloat16",
-        ),
-        (features > 256, "more than 256 features a head"),
-        (
-            features > 128 and query.dtype is torch.float32 and needs_grad(query, key, value, o.sinks),
-            "float32 gradients of more than 128 features a head: registers do not hold them",
-        ),
-        (not o.scale > 0, f"scale is {o.scale}: the kernel wants it above 0"),
-        (needs_grad(o.mask, o.alibi_slopes), "a gradient of the mask or the slopes is wanted"),
-        (_empty(query, key, value), "an empty query, key or value"),
-    )
-
-
-def _torch_run(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    o = Options(*options)
-    queries, keys = query.shape[2], key.shape[2]
-    # bool(): the sizes are symbolic under torch.compile, and torch's own arguments must not be.
-    causal = o.causal and bool(queries > 1 or o.top_left)  # a single query at the end sees every key
-    window = o.window
-    if window is not None and window >= max(queries, keys):
-        window = None
-    # torch aligns its own causal mask to the top left: it can be used where the two alignments agree.
-    aligned = bool(o.top_left or queries == keys)
-    flag = causal and aligned and window is None and o.mask is None and o.alibi_slopes is None
-    mask = o.mask
-    if not flag and (causal or window is not None or o.alibi_slopes is not None):
-        mask = _one_mask(queries, keys, query, o._replace(causal=causal, window=window))
-    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
-        mask = mask.to(torch.promote_types(query.dtype, torch.float32))
-    return functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=o.dropout_p,
-        is_causal=flag,
-        scale=o.scale,
-        enable_gqa=bool(query.shape[1] != key.shape[1]),
-    )
-
-
-def _one_mask(queries: int, keys: int, query: Tensor, o: Options) -> Tensor | None:
-    """The options that torch has no argument for, as one mask: boolean if possible, else additive."""
-    visible = reference.visible_keys(queries, keys, o.causal, o.window, query.device, o.top_left)
-    mask, bias = o.mask, None
-    if o.alibi_slopes is not None:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        bias = reference.alibi_bias(o.alibi_slopes, queries, keys, wide, o.top_left)
-    if mask is not None and mask.dtype == torch.bool:
-        visible = mask if visible is None else visible & mask
-    elif mask is not None:
-        bias = mask if bias is None else bias + mask
-    if bias is None:
-        return visible
-    return bias if visible is None else bias.masked_fill(~visible, -torch.inf)
-
-
-def _torch_why_not(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> str | None:
-    o = Options(*options)
-    return refuse(
-        (o.softcap is not None, "scaled_dot_product_attention has no softcap"),
-        (o.sinks is not None, "scaled_dot_product_attention has no sinks"),
-        (_empty(query, key, value), "an empty query, key or value"),
-    )
-
-
-ATTENTION = Op(
-    "attention",
-    [
-        Implementation("triton", _triton_run, triton_why_not),
-        Implementation("cpu", _cpu_run, _cpu_why_not),
-        Implementation("torch", _torch_run, _torch_why_not),
-        Implementation("reference", reference.attention, always),
-    ],
-)
-
-
-def _cpu_lse(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return _cpu_forward(query, key, value, Options(*options))
-
-
-ATTENTION_LSE = Op(
-    "attention_lse",
-    [
-        Implementation("triton", _triton_lse, triton_why_not),
-        Implementation("cpu", _cpu_lse, _cpu_lse_why_not),
-        Implementation("reference", reference.attention_lse, always),
-    ],
-)
-
-
-@torch.library.custom_op("fastlm::attention", mutates_args=())
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    dropout_p: float,
-    top_left: bool,
-    sinks: Tensor | None,
-) -> Tensor:
-    options = (causal, mask, scale, window, softcap, alibi_slopes, dropout_p, top_left, sinks)
-    result: Tensor = ATTENTION(query, key, value, *options).contiguous()
-    return result
-
-
-@_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[3])
-
-
-autograd_by_reference(_attention, ATTENTION, differentiable=(0, 1, 2, 4, 8, 11))
+__all__ = ["attention", "attention_lse", "check_options", "check_training_options"]
 
 
 def check_options(
@@ -370,12 +124,10 @@ def attention(
     """
     o = Options(causal, mask, 1.0, window, softcap, alibi_slopes, dropout_p, top_left, sinks)
     args = _normalised("attention", query, key, value, scale, o)
-    if not tracing():
-        return ATTENTION(*args)
-    if dropout_p == 0.0:
-        return _attention(*args)
-    # A custom op's backward runs its forward again, and would draw another dropout mask: trace the formula instead.
-    return reference.attention(*args) if _torch_why_not(*args) else _torch_run(*args)
+    if tracing():
+        return traced_attention(*args)[0]
+    result: Tensor = ATTENTION(*args)
+    return result
 
 
 def attention_lse(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -397,5 +149,7 @@ def attention_lse(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> 
     scale = options.pop("scale", None)
     o = Options(**{"causal": False, "mask": None, "scale": 1.0, **options})
     args = _normalised("attention_lse", query, key, value, scale, o)
-    result: tuple[Tensor, Tensor] = reference.attention_lse(*args) if tracing() else ATTENTION_LSE(*args)
+    if tracing():
+        return traced_attention(*args, want_lse=True)
+    result: tuple[Tensor, Tensor] = ATTENTION_LSE(*args)
     return result

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels.cpu import attention_decode as cpu
-from fastlm.ops.attention import ATTENTION, check_options
+from fastlm.ops.attention import check_options
+from fastlm.ops.attention_kernels import ATTENTION
 from fastlm.ops.checks import describe
 from fastlm.ops.library import autograd_by_reference, needs_grad, tracing, triton_kernel, triton_why_not
 from fastlm.ops.registry import Implementation, Op, always

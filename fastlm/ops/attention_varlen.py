@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.ops.attention import ATTENTION, by_triton, check_options, check_training_options, triton_why_not
+from fastlm.ops.attention import check_options, check_training_options
+from fastlm.ops.attention_kernels import by_triton, each_sequence, triton_why_not
+from fastlm.ops.attention_traced import traced_attention
 from fastlm.ops.checks import describe, expect_shape, refuse
+from fastlm.ops.library import tracing
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import attention as reference
 from fastlm.reference.attention import Options, Packing
@@ -25,12 +28,6 @@ def _triton_why_not(query: Tensor, key: Tensor, value: Tensor, packing: Packing,
     return triton_why_not(query, key, value, *options)
 
 
-def _each_run(query: Tensor, key: Tensor, value: Tensor, packing: Packing, *options: Any) -> Tensor:
-    """Each sequence by itself, by whatever implementation of `attention` is best for it."""
-    found = [ATTENTION(*one, *o) for *one, o in reference.sequences(query, key, value, packing, Options(*options))]
-    return torch.cat([output[0].transpose(0, 1) for output in found])
-
-
 def _each_why_not(query: Tensor, key: Tensor, value: Tensor, packing: Packing, *options: Any) -> str | None:
     return refuse((not query.is_cpu, f"a tensor is on {query.device}"))
 
@@ -43,7 +40,7 @@ ATTENTION_VARLEN = Op(
     "attention_varlen",
     [
         Implementation("triton", _triton_run, _triton_why_not),
-        Implementation("cpu", _each_run, _each_why_not),
+        Implementation("cpu", each_sequence, _each_why_not),
         Implementation("reference", _reference_run, always),
     ],
 )
@@ -52,7 +49,8 @@ ATTENTION_VARLEN = Op(
 def _starts(name: str, starts: Tensor, total: int) -> Tensor:
     if starts.dim() != 1 or len(starts) < 2 or starts.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"attention_varlen: {name} is {describe(starts)}, expected int32 or int64 [B + 1]")
-    if starts.is_cpu:  # a look at what lies on another device would wait for it
+    # A look at what lies on another device would wait for it, and a graph that is traced has no values yet.
+    if starts.is_cpu and not tracing():
         found = starts.tolist()
         if found[0] != 0 or found[-1] != total or any(a > b for a, b in pairwise(found)):
             raise ValueError(f"attention_varlen: {name} is {found}, expected numbers that rise from 0 to {total}")
@@ -85,7 +83,8 @@ def attention_varlen(
         value: [sum of Tk, KVH, Dv].
         cu_seqlens_q: [B + 1] int32 or int64, rising from 0 to the sum of Tq: where each sequence begins, and the end.
         cu_seqlens_k: the same for keys and values; that of the queries if None.
-        max_seqlen_q: no sequence of queries is longer. Found out if None, for which a GPU's queue has to be waited for.
+        max_seqlen_q: no sequence of queries is longer. Found out if None, for which a GPU's queue has to be waited for;
+            under torch.compile, which can't, the sum of Tq takes its place, at the price of idle blocks.
         max_seqlen_k: the same for keys.
         causal: this and all others as in `attention`; `alibi_slopes` are [H] or [B, H].
 
@@ -119,9 +118,10 @@ def attention_varlen(
         causal, None, dim**-0.5 if scale is None else scale, window, softcap, alibi_slopes, dropout_p, top_left, sinks
     )
     check_training_options(op, o, heads)
-    longest = [
-        int(starts.diff().max()) if given is None else given
-        for starts, given in ((starts_q, max_seqlen_q), (starts_k, max_seqlen_k))
-    ]
+    bounds = ((starts_q, max_seqlen_q, total), (starts_k, max_seqlen_k, len(key)))
+    if tracing():
+        longest = [bound if given is None else given for _, given, bound in bounds]
+        return traced_attention(query, key, value, *o[:9], packing=Packing(starts_q, starts_k, *longest))[0]
+    longest = [int(starts.diff().max()) if given is None else given for starts, given, _ in bounds]
     result: Tensor = ATTENTION_VARLEN(query, key, value, Packing(starts_q, starts_k, *longest), *o[:9])
     return result

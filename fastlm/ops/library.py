@@ -7,7 +7,8 @@ where `tracing()` is true.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from fastlm.ops.registry import choosing, forced_backend
 
 __all__ = [
     "autograd_by_reference",
+    "autograd_in_custom_op",
     "differentiable_once",
     "needs_grad",
     "opaque_kernel_why_not",
@@ -127,6 +129,17 @@ def _transform() -> str | None:
     if torch._C._get_tracing_state() is not None:
         return "inside torch.jit.trace"
     return None
+
+
+@contextmanager
+def autograd_in_custom_op() -> Iterator[None]:
+    """Records gradients inside the function of a custom op, where torch has switched autograd off."""
+    keys = torch._C.DispatchKey
+    off = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+        off = off - torch._C.DispatchKeySet(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off), torch.enable_grad():
+        yield
 
 
 def differentiable_once(op: str) -> None:

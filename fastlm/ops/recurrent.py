@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn import functional
 from fastlm.kernels import native
 from fastlm.kernels.cpu import recurrent as kernel
 from fastlm.ops.checks import describe, expect_shape
-from fastlm.ops.library import needs_grad, opaque_kernel_why_not, tracing
+from fastlm.ops.library import autograd_in_custom_op, needs_grad, opaque_kernel_why_not, tracing
 from fastlm.ops.registry import Implementation, Op
 from fastlm.reference.recurrent import Noise, States, Weights, sequence
 
@@ -33,17 +32,6 @@ _ARGUMENTS = (
     "Tensor input, Tensor[] states, Tensor[] weights, Tensor? batch_sizes, "
     "int num_layers, bool bidirectional, bool batch_first, bool bias"
 )
-
-
-@contextmanager
-def _autograd_in_custom_op() -> Iterator[None]:
-    """Records gradients inside the function of a custom op, where torch has switched autograd off."""
-    keys = torch._C.DispatchKey
-    off = torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
-        off = off - torch._C.DispatchKeySet(key)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off), torch.enable_grad():
-        yield
 
 
 def torch_sequence(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, States]]:
@@ -309,7 +297,7 @@ class SequenceOp:
             input, states, weights, *rest = inputs
             tensors = [t.detach().requires_grad_(w) for t, w in zip([input, *states, *weights], wanted, strict=True)]
             leaves = [t for t in tensors if t.requires_grad]
-            with _autograd_in_custom_op():
+            with autograd_in_custom_op():
                 outputs = forward(tensors[0], tensors[1 : 1 + len(states)], tensors[1 + len(states) :], *rest)
             assert outputs[0].requires_grad, "autograd is off"  # or the gradients below would be zeros in silence
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]

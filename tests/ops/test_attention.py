@@ -229,56 +229,6 @@ def test_dropout_drops_its_share_and_keeps_the_mean(backend: str) -> None:
     assert abs(kept.sum().item() - count * (1 - p)) < 5 * (count * p * (1 - p)) ** 0.5
 
 
-CALLS = [
-    {},
-    {"causal": True},
-    {"causal": True, "window": 2, "softcap": 3.0},
-    {"causal": True, "mask": torch.rand(2, 1, 3, 5) < 0.7},
-    {"mask": torch.randn(1, 4, 3, 5), "alibi_slopes": torch.rand(4)},
-    {"causal": True, "top_left": True, "sinks": torch.randn(4, requires_grad=True)},
-]
-
-
-@pytest.mark.parametrize("call", range(len(CALLS)))
-def test_opcheck(call: int) -> None:
-    options = {"causal": False, "mask": None, "scale": 0.5, "window": None, "softcap": None, "alibi_slopes": None}
-    options |= {"dropout_p": 0.0, "top_left": False, "sinks": None, **CALLS[call]}
-    tensors = [t.requires_grad_() for t in _inputs(2, 4, 2, 3, 5, 8, 8, torch.float32)]
-    torch.library.opcheck(torch.ops.fastlm.attention.default, (*tensors, *options.values()))
-
-
-@pytest.mark.parametrize("call", range(len(CALLS)))
-def test_compiles_in_one_graph(call: int) -> None:
-    tensors = [t.requires_grad_() for t in _inputs(2, 4, 2, 3, 5, 8, 8, torch.float32)]
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.attention(q, k, v, **CALLS[call]) * 2
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    upstream = torch.randn(2, 4, 3, 8)
-    for fast, plain in zip(
-        torch.autograd.grad(compiled(*tensors), tensors, upstream),
-        torch.autograd.grad(run(*tensors), tensors, upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(fast, plain)
-    torch.testing.assert_close(compiled(*tensors), run(*tensors))
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_compiled_dropout_uses_one_draw_for_forward_and_backward(softcap: float | None) -> None:
-    query, key, value = _inputs(1, 2, 2, 8, 8, 4, 4, torch.float32)
-    value.requires_grad_()
-    compiled = torch.compile(
-        lambda v: ops.attention(query, key, v, dropout_p=0.5, softcap=softcap), fullgraph=True, backend="aot_eager"
-    )
-    output = compiled(value)
-    upstream = torch.randn_like(output)
-    # The output is linear in the values, so <upstream, output> = <gradient, values> exactly if the draws are the same.
-    gradient = torch.autograd.grad(output, value, upstream)[0]
-    torch.testing.assert_close((upstream * output).sum(), (gradient * value).sum())
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -137,5 +137,5 @@ def test_every_op_is_public_documented_and_known_to_torch() -> None:
         function = getattr(ops, name)
         assert name in ops.__all__
         assert "Raises:" in function.__doc__, name
-        # The two of plain torch while tracing, which torch.compile sees through, are no custom ops.
+        # These two are the custom op of attention to torch.compile.
         assert hasattr(torch.ops.fastlm, name) or name in ("attention_lse", "attention_varlen"), name

@@ -10,6 +10,7 @@ import torch
 from tiny_models import VOCAB, llama, spread
 from tolerance import assert_close_to_reference
 from torch import Tensor, nn
+from traced import Graphs
 
 from fastlm import ops
 from fastlm.models.base import CausalLM
@@ -74,3 +75,20 @@ def test_training(device: str) -> None:
     assert len(found[0]) == len(found[2]) > 10
     for exact, same, got in zip(*found, strict=True):
         assert_close_to_reference(got, same, exact, factor=4, floor=1e-5)
+
+
+def test_compiled_training_runs_the_kernels_both_ways(device: str) -> None:
+    """One graph each way, whose attention and its gradient are Triton's: no formula is traced in their place."""
+    torch._dynamo.reset()
+    model, graphs = spread(llama).train().to(device), Graphs()
+    ids = torch.randint(VOCAB, (2, 10), device=device)
+    found = []
+    with ops.backend("triton"):
+        for loss in (torch.compile(model.loss, fullgraph=True, backend=graphs), model.loss):
+            model.zero_grad()
+            value = loss(ids[:, :-1], ids[:, 1:])
+            value.backward()
+            found.append([value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-5)
+    assert [names.count("attention") + names.count("attention_backward") for names in graphs.ops] == [2, 2]
