@@ -9,14 +9,39 @@ https://github.com/apoorvumang/prompt-lookup-decoding, for those from the text i
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-__all__ = ["Draft", "PromptLookup"]
+__all__ = ["Draft", "PromptLookup", "Rehearsal", "common"]
+
+
+class Rehearsal(NamedTuple):
+    """How guesses would have done on text that is known by now.
+
+    Attributes:
+        tokens: of the text that it looked at.
+        rounds: times it would have made guesses, going on behind the first wrong one.
+        right: guesses before the first wrong one of their round, of all rounds.
+        seconds: that the draft will take before its first real guess.
+    """
+
+    tokens: int = 0
+    rounds: int = 0
+    right: int = 0
+    seconds: float = 0.0
 
 
 class Draft(Protocol):
     """What makes guesses for one row."""
+
+    def rehearse(self, ids: Sequence[int], prompt_length: int, count: int) -> Rehearsal:
+        """What guessing `count` tokens at a time would have given in the text since the last rehearsal.
+
+        Nothing is confirmed for it: it costs what the guesses cost, at most. Before it has shown that guesses pay,
+        the step that confirms them is not recorded.
+        """
+        ...
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
         """Up to `count` tokens that may follow `ids`; none where it has no idea.
@@ -38,6 +63,7 @@ class PromptLookup:
 
     _MOST_PLACES = 16
     _LONGEST = 32
+    _REHEARSED = 64  # tokens of the prompt
 
     def __init__(self, match: int = 3) -> None:
         if match < 1:
@@ -45,22 +71,59 @@ class PromptLookup:
         self._match = match
         self._places: dict[tuple[int, ...], list[int]] = {}  # where what follows each run of `match` tokens stands
         self._read = 0
+        self._rehearsed: int | None = None
+
+    def rehearse(self, ids: Sequence[int], prompt_length: int, count: int) -> Rehearsal:
+        """What the prompt's end and the text since would have given."""
+        if self._rehearsed is None:
+            self._rehearsed = max(self._match, prompt_length - self._REHEARSED)
+        self._index(ids)
+        first = at = self._rehearsed
+        rounds = right = 0
+        while at < len(ids):
+            guesses = self._guesses(ids, at, count)
+            found = common(guesses, ids[at : at + count])
+            if guesses and at + found == len(ids) and found < len(guesses):
+                break  # how it ends is not known yet
+            rounds += bool(guesses)
+            right += found
+            at += found + 1
+        self._rehearsed = at
+        return Rehearsal(at - first, rounds, right)
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
         """The tokens that followed the like of the text's end."""
+        self._index(ids)
+        return self._guesses(ids, len(ids), count)
+
+    def _index(self, ids: Sequence[int]) -> None:
         for end in range(max(self._read, self._match), len(ids)):
             self._places.setdefault(tuple(ids[end - self._match : end]), []).append(end)
         self._read = len(ids)
-        places = self._places.get(tuple(ids[-self._match :]), [])[-self._MOST_PLACES :]
+
+    def _guesses(self, ids: Sequence[int], end: int, count: int) -> list[int]:
+        """Of what stands before `end` alone."""
+        places = self._places.get(tuple(ids[max(0, end - self._match) : end]), [])
+        places = places[: bisect_left(places, end)][-self._MOST_PLACES :]
         if not places:
             return []
-        agreement, place = max((self._agreement(ids, at), at) for at in places)
-        return list(ids[place : place + min(count, agreement)])
+        agreement, place = max((self._agreement(ids, at, end), at) for at in places)
+        return list(ids[place : min(place + min(count, agreement), end)])
 
-    def _agreement(self, ids: Sequence[int], place: int) -> int:
-        """How many tokens before `place` agree with those before the end, up to a limit."""
+    def _agreement(self, ids: Sequence[int], place: int, end: int) -> int:
+        """How many tokens before `place` agree with those before `end`, up to a limit."""
         limit = min(place, self._LONGEST)
         length = self._match
-        while length < limit and ids[place - 1 - length] == ids[-1 - length]:
+        while length < limit and ids[place - 1 - length] == ids[end - 1 - length]:
             length += 1
         return length
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the common beginning."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count

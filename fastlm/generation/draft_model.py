@@ -8,12 +8,16 @@ another family, an LSTM for a Transformer; or the large model itself with fewer 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from fastlm.generation.draft import Rehearsal, common
 from fastlm.generation.engine import Engine
+from fastlm.generation.lanes import Lanes, Request, dense_bias
 from fastlm.generation.params import SamplingParams
 from fastlm.models.base import CausalLM
 from fastlm.nn.linear import Linear, QuantizedLinear
@@ -39,6 +43,9 @@ class ModelDraft:
         ValueError: `max_length` is more than the model can have.
     """
 
+    _READ = 48  # tokens that a rehearsal reads
+    _REHEARSED = 8, 16  # and holds its guesses against, at least and at most
+
     def __init__(
         self,
         model: CausalLM,
@@ -49,10 +56,47 @@ class ModelDraft:
     ) -> None:
         params = params or SamplingParams(temperature=0.0)
         # It never ends by itself, and does not guess in its turn.
+        self._model = model
         self._params = replace(params, max_new_tokens=2**31, stop=(), logprobs=False, draft_tokens=0)
         self._sequence = sequence
         self._room = max_length or model.config.context_length
         self._engine = Engine(model, rows=1, max_length=self._room, rewritable=True)
+        self._rehearsed = 0
+
+    def rehearse(self, ids: Sequence[int], prompt_length: int, count: int) -> Rehearsal:
+        """What the model would have said at every place since, in one reading of the text's last part."""
+        start = max(self._rehearsed, prompt_length, len(ids) - self._REHEARSED[1])
+        width = len(ids) - start
+        if width < self._REHEARSED[0] or (self._room is not None and len(ids) > self._room):
+            return Rehearsal()
+        self._rehearsed = len(ids)
+        text = ids[-self._READ :]
+        began = time.perf_counter()
+        drawn = self._drawn(text, ids, width)
+        seconds = time.perf_counter() - began
+        rounds = right = at = 0
+        while at < width:
+            found = common(drawn[at : at + count], ids[start + at : start + at + count])
+            rounds += 1
+            right += found
+            at += found + 1
+        return Rehearsal(width, rounds, right, seconds * len(ids) / len(text))
+
+    def _drawn(self, text: Sequence[int], ids: Sequence[int], width: int) -> list[int]:
+        """What it draws at the last `width` places of ids, having read their end `text`."""
+        params, model = self._params, self._model
+        hidden = model.hidden(torch.tensor([text[:-1]], device=model.device), model.make_state(1, len(text)))
+        bias = dense_bias(params.logit_bias, model.config.vocab_size)
+        lanes = Lanes(
+            1,
+            width,
+            history=len(ids) + width if params.penalised else 0,
+            biased=0 if bias is None else len(bias),
+            device=model.device,
+        )
+        lanes.fill([Request(0, list(ids[:-width]), params, self._sequence, bias)], (), ids[-width:-1])
+        drawn: list[int] = lanes.sample(model.head(hidden[:, -width:])[0]).tolist()
+        return drawn
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
         """What the model would say next."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlm.generation.capture import Captured, CaptureError, Refused
-from fastlm.generation.draft import Draft, PromptLookup
+from fastlm.generation.draft import Draft, PromptLookup, common
 from fastlm.generation.graph import Graph, records, sampling_device
 from fastlm.generation.lanes import Lanes, Request, dense_bias
 from fastlm.generation.params import SamplingParams, as_ids
@@ -35,6 +35,7 @@ FinishReason = Literal["stop", "length", "context"]
 """A stop token or stop string; max_new_tokens reached; the model's context is full."""
 
 _PREFILL_CHUNK = 512  # tokens a prompt advances at a time: bounds the activations of a long prompt
+_UNGUESSED = 8  # plain steps at a time while guesses are rehearsed
 _WORTH_REUSING = 16  # tokens that two prompts share, below which copying them is no gain
 
 
@@ -186,7 +187,7 @@ class Engine:
         if not found:
             raise ValueError(f"rewrite: request {number} is not active")
         request = found[0]
-        known = min(_shared(request.ids, ids), len(request.ids) - 1, len(ids) - 1)
+        known = min(common(request.ids, ids), len(request.ids) - 1, len(ids) - 1)
         if self._marks is None:
             self._state.lengths[request.slot] = known
         elif known < len(request.ids) - 1:
@@ -195,7 +196,13 @@ class Engine:
             self._marks[known]()
         if self._marks is not None:
             self._marks.clear()
-        if known < len(ids) - 1:
+        step = self._place([request], 1).captured
+        if step is not None and known == len(ids) - 2:  # replayed, it reads one token sooner than op by op
+            request.ids = list(ids[:-1])
+            self._current = None
+            self._recording([request], 1)
+            step.run(1)
+        elif known < len(ids) - 1:
             missing = torch.tensor([list(ids[known:-1])], dtype=torch.int64, device=self._model.device)
             state = self._state.row(request.slot)
             for chunk in missing.split(_PREFILL_CHUNK, dim=1):
@@ -236,6 +243,7 @@ class Engine:
         slot, known = self._row_for(request.ids)
         self._free.remove(slot)
         request.slot = slot
+        self._pace.join()
         state = self._state.row(slot)
         state.reset()
         state.lengths.fill_(known)
@@ -258,7 +266,7 @@ class Engine:
         for request in self._active:
             self._held[request.slot] = request.ids[:-1]
         # The last token has to be read in any case, for its logits.
-        shared = [_shared(held, prompt[:-1]) for held in self._held]
+        shared = [common(held, prompt[:-1]) for held in self._held]
         target = max(self._free, key=lambda row: (shared[row], -len(self._held[row]), -row))
         source = max(range(len(shared)), key=lambda row: shared[row])
         count = max(shared)
@@ -281,7 +289,7 @@ class Engine:
             guessed = self._guess(running[0])
             if guessed:
                 return guessed
-            ahead = min(ahead, max(1, self._pace.waiting))
+            ahead = min(ahead, max(1 if running[0].guessing else _UNGUESSED, self._pace.waiting))
         recording = self._recording(running, 1)
         if self._marks is not None:
             ahead = 1
@@ -310,14 +318,19 @@ class Engine:
         if self._pace.waiting or self._steps_left(request) < count + 1 or self._why_not_captured is not None:
             return []
         assert request.draft is not None
+        recorded = self._place([request], count + 1).captured is not None
         start = time.perf_counter()
+        if not request.guessing:
+            found = request.draft.rehearse(request.ids, request.prompt_length, count)
+            self._pace.rehearsed(time.perf_counter() - start, count, found)
+            if not self._pace.promising(request.params.max_new_tokens - request.generated, recorded):
+                return []
+            start = time.perf_counter()
         guesses = request.draft.propose(request.ids, count)[:count]
-        first = self._place([request], count + 1).captured is None
-        # Recording costs several steps, which takes a promising guess to be worth it.
-        if not guesses or (first and len(guesses) < count):
+        if not guesses or (not recorded and len(guesses) < count):
             return []
         recording = self._recording([request], count + 1, guesses)
-        if first:
+        if not recorded:
             self._record(recording)
             tokens: list[int] = recording.lanes.tokens.tolist()
         else:
@@ -329,8 +342,9 @@ class Engine:
         # The step has appended the last token and all guesses; what follows a wrong one is forgotten.
         self._state.lengths[request.slot] -= count - right
         self._current = None
-        if not first:  # recording is slower than replaying
-            self._pace.guessed(time.perf_counter() - start, right + 1)
+        account = self._pace.guessed if recorded and request.guessing else self._pace.begun
+        account(time.perf_counter() - start, right + 1)
+        request.guessing = True
         assert recording.logits is not None
         return [([token], recording.logits[at : at + 1]) for at, token in enumerate(tokens[: right + 1])]
 
@@ -449,13 +463,3 @@ class Engine:
             elif was_early and not request.early:
                 self._current = None  # stop tokens are allowed now
         return tokens
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the common beginning."""
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count

@@ -31,6 +31,7 @@ class Request:
         sequence: of its random numbers.
         bias: [V] or None, what `params.logit_bias` says.
         slot: its row of the state; -1 while it waits.
+        guessing: whether rehearsals have shown that guessing its tokens pays.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Request:
     bias: Tensor | None
     draft: Draft | None = None
     slot: int = -1
+    guessing: bool = False
     prompt_length: int = field(init=False)
 
     def __post_init__(self) -> None:

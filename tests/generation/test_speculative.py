@@ -11,7 +11,7 @@ from logits import mean_kl
 from tiny_models import VOCAB, gpt, llama, lstm, spread
 
 from fastlm.generation import Decoder, Engine, LanguageModel, SamplingParams
-from fastlm.generation.draft import Draft, PromptLookup
+from fastlm.generation.draft import Draft, PromptLookup, Rehearsal
 from fastlm.generation.draft_model import ModelDraft, quantized_copy
 from fastlm.generation.params import MOST_DRAFTS
 from fastlm.generation.speculative import Pace
@@ -32,6 +32,10 @@ class Oracle:
             (token + 1) % VOCAB if wrong and at % wrong == wrong - 1 else token for at, token in enumerate(text)
         ]
         self.asked: list[int] = []
+        self.promises = 100
+
+    def rehearse(self, ids: Sequence[int], prompt_length: int, count: int) -> Rehearsal:
+        return Rehearsal(1, 0, self.promises)
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
         self.asked.append(len(ids))
@@ -144,29 +148,80 @@ def test_prompt_lookup(ids: list[int], want: list[int]) -> None:
     assert growing.propose(ids, 4) == want
 
 
-def test_failing_guesses_cost_little_and_good_ones_go_on() -> None:
-    pace = Pace()
-    assert pace.waiting == 2
+def _loss(pace: Pace, tokens: int, *, pays: bool = False) -> float:
+    """Time lost, as a share, to a draft whose guesses are never right; `pays`: but were in the first rehearsal.
+
+    A plain step takes 10 ms, a rehearsal 15, beginning 60, a round 22.
+    """
+    seconds, done, guessing = 0.01 * 2, 2, False
     pace.plain(0.02, 2)
-    assert pace.waiting == 0
-    # A round takes as long as 2.2 plain steps. None of its guesses is right.
-    tokens, seconds = 2, 0.02
-    while tokens < 2000:
+    while done < tokens:
         if pace.waiting:
             pace.plain(0.01, 1)
             seconds += 0.01
-        else:
+        elif guessing:
             pace.guessed(0.022, 1)
             seconds += 0.022
-        tokens += 1
-    assert 1.005 < seconds / (0.01 * tokens) < 1.03
-    # From here on all are: once one has been tried, it goes on.
-    pace.plain(0.01 * pace.waiting, pace.waiting)
-    for _ in range(5):
-        assert pace.waiting == 0
-        pace.guessed(0.022, 4)
-    # Rounds that pay on average go on through some that fail.
-    for tokens in (1, 1, 4, 4, 1, 1, 4):
+        else:
+            pace.rehearsed(0.015, 3, Rehearsal(9, 3, 9) if pays else Rehearsal(9, 9, 0))
+            seconds += 0.015
+            guessing = pace.promising(tokens - done, False)
+            seconds, done = (seconds + 0.06, done + 1) if guessing else (seconds, done)
+            if guessing:
+                pace.begun(0.06, 1)
+            assert guessing == pays
+            continue
+        done += 1
+    return seconds / (0.01 * tokens) - 1
+
+
+def test_guesses_that_rehearsals_refuse_cost_little() -> None:
+    assert 0.01 < _loss(Pace(), 128) < 0.02
+    assert 0.005 < _loss(Pace(), 2000) < 0.02
+
+
+def test_rehearsals_that_deceive_cost_more_but_once() -> None:
+    assert 0.05 < _loss(Pace(), 128, pays=True) < 0.11
+    assert _loss(Pace(), 2000, pays=True) < 0.025
+
+
+def test_planted_fault_a_pace_that_charges_nothing_for_rehearsals_is_seen() -> None:
+    class Careless(Pace):
+        def rehearsed(self, seconds: float, count: int, found: Rehearsal) -> None:
+            super().rehearsed(0.0, count, found)
+
+    with pytest.raises(AssertionError, match="too often"):
+        rehearsals = 0
+        pace = Careless()
+        pace.plain(0.02, 2)
+        for _ in range(100):
+            if not pace.waiting:
+                pace.rehearsed(0.015, 3, Rehearsal(9, 9, 0))
+                rehearsals += 1
+            pace.plain(0.01, 1)
+        assert rehearsals < 5, "too often"
+
+
+def test_nothing_is_begun_for_the_last_few_tokens() -> None:
+    pace = Pace()
+    pace.plain(0.02, 2)
+    pace.rehearsed(0.0, 3, Rehearsal(10, 3, 7))
+    assert pace.promising(40, False) and not pace.promising(8, False)
+    assert pace.promising(8, True)
+    # A draft that has first to read a long text needs as much more to win.
+    pace.rehearsed(0.0, 3, Rehearsal(10, 3, 7, seconds=0.2))
+    assert not pace.promising(40, False) and pace.promising(100, False)
+    pace.join()
+    assert not pace.promising(1000, True)
+
+
+def test_rounds_that_pay_go_on() -> None:
+    pace = Pace()
+    pace.plain(0.02, 2)
+    pace.rehearsed(0.0, 3, Rehearsal(8, 2, 6))
+    pace.begun(0.06, 4)
+    # On average they do, with some that fail.
+    for tokens in (4, 4, 4, 1, 1, 4, 4, 1, 1, 4):
         assert pace.waiting == 0
         pace.guessed(0.022, tokens)
 
@@ -177,6 +232,61 @@ def test_one_disturbed_step_does_not_end_guessing() -> None:
     for seconds in (0.02, 0.02, 0.5, 0.02):
         assert pace.waiting == 0
         pace.guessed(seconds, 4)
+    slow = Pace()
+    slow.plain(0.1, 10)
+    slow.rehearsed(1.0, 3, Rehearsal(8, 2, 6))
+    slow.begun(1.0, 4)
+    assert slow.waiting == 0
+
+
+def test_lookup_rehearses_what_it_would_have_proposed() -> None:
+    torch.manual_seed(0)
+    for period in (7, 13, 200):
+        text = torch.randint(0, 5 if period == 200 else 50, (period,)).tolist() * (400 // period)
+        text[350:] = torch.randint(0, 5, (len(text) - 350,)).tolist()
+        rounds = right = 0
+        at, plain = 100 - 64, PromptLookup()
+        while at < len(text):
+            guesses = plain.propose(text[:at], 4)
+            found = 0
+            while found < len(guesses) and guesses[found : found + 1] == text[at + found : at + found + 1]:
+                found += 1
+            if guesses and found < len(guesses) and at + found == len(text):
+                break
+            rounds, right, at = rounds + bool(guesses), right + found, at + found + 1
+        once = PromptLookup().rehearse(text, 100, 4)
+        assert (once.rounds, once.right, once.seconds) == (rounds, right, 0)
+        bit_by_bit, total = PromptLookup(), [0, 0, 0]
+        for end in range(100, len(text) + 1):
+            total = [a + b for a, b in zip(total, bit_by_bit.rehearse(text[:end], 100, 4)[:3], strict=True)]
+        assert total == list(once[:3])
+        assert right > 0 and (period == 200 or right > 150)
+
+
+@pytest.mark.parametrize("options", ["greedy", "penalties", "top-p"])
+@pytest.mark.parametrize("make", [llama, lstm])
+def test_a_model_rehearses_what_it_would_have_proposed(make: Callable[[], CausalLM], options: str) -> None:
+    model = spread(make)
+    params = SamplingParams(seed=3, **OPTIONS[options])
+    text = [1, 2, 3, *(token for token, _, _ in _run(model, [1, 2, 3], max_new_tokens=15, **OPTIONS[options]))]
+    assert ModelDraft(model, params).rehearse(text, 3, 2)[:3] == (15, 5, 10)
+    wrong = list(text)
+    wrong[9] = (wrong[9] + 7) % VOCAB  # a guess, and not the token behind a round
+    draft = ModelDraft(model, params)
+    assert draft.rehearse(text[:8], 3, 2) == Rehearsal()  # too little to judge by
+    tokens, rounds, _, _ = draft.rehearse(wrong, 3, 2)
+    assert tokens == 15 and rounds > 5
+    assert draft.rehearse([*wrong, 5], 3, 2) == Rehearsal()
+
+
+def test_nothing_is_recorded_for_guesses_that_are_never_right(model: CausalLM) -> None:
+    draft = Oracle(range(100), 0)
+    draft.promises = 0
+    decoder = Decoder(model, [[1, 2, 3]], SamplingParams.of(seed=3, max_new_tokens=40, draft_tokens=4), draft=draft)
+    while decoder.active:
+        decoder.step(4)
+    assert not draft.asked
+    assert [place.lanes.width for place in decoder._engine._recordings.values() if place.captured is not None] == [1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -203,6 +313,9 @@ class Always(Pace):
     """No pause."""
 
     waiting = 0  # type: ignore[assignment]
+
+    def promising(self, left: int, recorded: bool) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("make", [llama, lstm, gpt])
