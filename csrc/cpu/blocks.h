@@ -46,16 +46,18 @@ FASTLM_INLINE void bytes_to_float(vbyte16 b, vf (&out)[kVectors], int first) {
 #endif
 }
 
+// A vector of weights of a kind of floats.
+template <WeightKind kind>
+FASTLM_INLINE vf load_floats(const uint8_t* p) {
+  if constexpr (kind == WeightKind::kF32) return load_as<vf>(p);
+  return kind == WeightKind::kF16 ? load_halves(p) : load_bfloats(p);
+}
+
 // 32 weights, exactly as fastlm.reference.quantized.dequantize has them.
 template <WeightKind kind>
 FASTLM_INLINE void decode(const uint8_t* block, vf (&w)[kVectors]) {
-  if constexpr (kind == WeightKind::kF32) {
-    for (int i = 0; i < kVectors; ++i) w[i] = load_as<vf>(block + i * sizeof(vf));
-  } else if constexpr (kind == WeightKind::kF16 || kind == WeightKind::kBF16) {
-    for (int i = 0; i < kVectors; ++i) {
-      const uint8_t* p = block + i * sizeof(vhalf_lanes);
-      w[i] = kind == WeightKind::kF16 ? load_halves(p) : load_bfloats(p);
-    }
+  if constexpr (!is_quantized(kind)) {
+    for (int i = 0; i < kVectors; ++i) w[i] = load_floats<kind>(block + weight_bytes(kind, i * kLanes));
   } else if constexpr (kind == WeightKind::kQ8_0) {
     const vf scale = broadcast_half(block);
     bytes_to_float(load_as<vbyte16>(block + 2), w, 0);

@@ -27,59 +27,132 @@ FASTLM_INLINE void decode_tail(const uint8_t* p, int count, vf (&w)[kVectors]) {
   decode<kind>(padded, w);
 }
 
-// Outputs n .. n + N - 1 of rows m .. m + M - 1. Lanes go along the columns.
+// Lanes of a, then of b, in groups of `width` lanes: each group's first half plus its second, of a and b in turn.
+template <int width>
+FASTLM_INLINE vf add_halves(vf a, vf b) {
+  vi first;
+  for (int i = 0; i < kLanes; ++i)
+    first[i] = i / width * width + i % (width / 2) + (i % width < width / 2 ? 0 : kLanes);
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + width / 2);
+}
+
+// The sum of each of `count` vectors (a power of two, at most kLanes), of v[i] in lane i * kLanes / count. To the bit
+// what reduce_add gives, with a third of the instructions.
+template <int count, int width = kLanes>
+FASTLM_INLINE vf sums_across(const vf* v) {
+  if constexpr (width == 1) {
+    return v[0];
+  } else {
+    constexpr int left = count == 1 ? 1 : count / 2;
+    vf halves[left];
+    for (int i = 0; i < left; ++i) halves[i] = add_halves<width>(v[i], v[i + count / 2]);
+    return sums_across<left, width / 2>(halves);
+  }
+}
+
+// One block of columns of N rows of weights times M rows of input.
 template <WeightKind kind, int M, int N>
-void float_tile(const LinearArgs& a, const LinearWeight& out, int64_t m0, int64_t n0) {
+FASTLM_INLINE void float_block(const uint8_t* block, int64_t row_bytes, const float* x, int64_t columns,
+                               vf (&sums)[M * N]) {
+  if constexpr (is_quantized(kind) || M == 1) {
+    for (int n = 0; n < N; ++n) {
+      vf w[kVectors];
+      decode<kind>(block + n * row_bytes, w);
+      for (int m = 0; m < M; ++m)
+        for (int i = 0; i < kVectors; ++i) sums[m * N + n] += w[i] * load(x + m * columns + i * kLanes);
+    }
+  } else {
+    for (int i = 0; i < kVectors; ++i) {
+      vf w[N];
+      for (int n = 0; n < N; ++n) w[n] = load_floats<kind>(block + n * row_bytes + weight_bytes(kind, i * kLanes));
+      for (int m = 0; m < M; ++m) {
+        vf input = load(x + m * columns + i * kLanes);
+#if defined(__x86_64__)
+        asm("" : "+v"(input));  // or GCC loads it again for each of the N products
+#endif
+        for (int n = 0; n < N; ++n) sums[m * N + n] += w[n] * input;
+      }
+    }
+  }
+}
+
+// Outputs of a tile: each fetches the weights that many rows ahead, into level 2, which takes more lines at a time than
+// level 1 does.
+constexpr int kTile = 4;
+constexpr int kMostRows = 8, kOutputsOfMost = kLanes == 16 ? 2 : 1;  // what the registers hold
+
+// Outputs n0 .. n0 + N - 1 of rows m0 .. m0 + M - 1. Lanes go along the columns. This is number `pass` of `passes` over
+// these weights, each of which fetches some of those to come, so that memory is never idle.
+template <WeightKind kind, int M, int N>
+void float_tile(const LinearArgs& a, const LinearWeight& out, int64_t m0, int64_t n0, int64_t passes, int64_t pass) {
   const int64_t row_bytes = weight_bytes(kind, a.columns), whole = a.columns / kBlock * kBlock;
   const uint8_t* weight = static_cast<const uint8_t*>(out.weight) + n0 * row_bytes;
   const float* x = a.input + m0 * a.columns;
-  vf sums[M][N] = {};
-  vf w[kVectors];
+  vf sums[M * N] = {};
+  // Half precision has one line in a block, and lines are fetched in pairs anyway: the first pass fetches all.
+  const int64_t every = weight_bytes(kind, kBlock) > 64 ? passes : 1;
+  int64_t skip = every == 1 && pass != 0 ? whole : pass;
   for (int64_t k = 0; k < whole; k += kBlock) {
     const uint8_t* block = weight + weight_bytes(kind, k);
-    for (int n = 0; n < N; ++n) {
-      const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + (n + N) * row_bytes;
-      for (int64_t line = 0; line < weight_bytes(kind, kBlock); line += 64)
-        __builtin_prefetch(reinterpret_cast<const void*>(ahead + line));
-      decode<kind>(block + n * row_bytes, w);
-      for (int m = 0; m < M; ++m)
-        for (int i = 0; i < kVectors; ++i) sums[m][n] += w[i] * load(x + m * a.columns + k + i * kLanes);
+    if (skip-- == 0) {
+      skip = every - 1;
+      for (int n = 0; n < N; ++n) {
+        const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + (n + kTile) * row_bytes;
+        for (int64_t line = 0; line < weight_bytes(kind, kBlock); line += 64)
+          __builtin_prefetch(reinterpret_cast<const void*>(ahead + line), 0, 2);
+      }
     }
+    float_block<kind, M, N>(block, row_bytes, x + k, a.columns, sums);
   }
   if constexpr (!is_quantized(kind)) {
     const int rest = static_cast<int>(a.columns - whole);
     if (rest != 0) {
       float padded[M][kBlock] = {};
+      vf w[kVectors];
       for (int m = 0; m < M; ++m) std::memcpy(padded[m], x + m * a.columns + whole, rest * sizeof(float));
       for (int n = 0; n < N; ++n) {
         decode_tail<kind>(weight + weight_bytes(kind, whole) + n * row_bytes, rest, w);
         for (int m = 0; m < M; ++m)
-          for (int i = 0; i < kVectors; ++i) sums[m][n] += w[i] * load(padded[m] + i * kLanes);
+          for (int i = 0; i < kVectors; ++i) sums[m * N + n] += w[i] * load(padded[m] + i * kLanes);
       }
     }
   }
+  constexpr int kTogether = M * N < kLanes ? M * N : kLanes, kApart = kLanes / kTogether;
+  float totals[M * N / kTogether][kLanes];
+  for (int i = 0; i < M * N / kTogether; ++i) store(totals[i], sums_across<kTogether>(sums + i * kTogether));
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) {
+      const int i = m * N + n;
       const float bias = out.bias == nullptr ? 0.0f : out.bias[n0 + n];
-      out.output[(m0 + m) * out.outputs + n0 + n] = reduce_add(sums[m][n]) + bias;
+      out.output[(m0 + m) * out.outputs + n0 + n] = totals[i / kTogether][i % kTogether * kApart] + bias;
     }
 }
 
-// Rows of the input are taken 4 at a time, then 2, then 1: the order of a row's own additions is the same in each.
-template <WeightKind kind, int N>
-FASTLM_INLINE void float_tiles(const LinearArgs& a, const LinearWeight& out, int64_t n) {
-  int64_t m = 0;
-  for (; m + 4 <= a.rows; m += 4) float_tile<kind, 4, N>(a, out, m, n);
-  if (a.rows - m >= 2) float_tile<kind, 2, N>(a, out, m, n), m += 2;
-  if (a.rows - m >= 1) float_tile<kind, 1, N>(a, out, m, n);
+// Outputs n .. n + G - 1 of as many rows from m on as make whole tiles of M by at most N.
+template <WeightKind kind, int M, int N, int G>
+FASTLM_INLINE void float_tiles(const LinearArgs& a, const LinearWeight& out, int64_t n, int64_t passes, int64_t& pass,
+                               int64_t& m) {
+  constexpr int kOutputs = N < G ? N : G;
+  for (; m + M <= a.rows; m += M, ++pass)
+    for (int i = 0; i < G; i += kOutputs) float_tile<kind, M, kOutputs>(a, out, m, n + i, passes, pass);
+}
+
+// Outputs n .. n + G - 1. Input rows are taken several at a time; however many, a row's own additions are in one order.
+template <WeightKind kind, int G>
+FASTLM_INLINE void float_group(const LinearArgs& a, const LinearWeight& out, int64_t n) {
+  const int64_t passes = a.rows / kMostRows + a.rows % 8 / 4 + a.rows % 4 / 2 + a.rows % 2;
+  int64_t m = 0, pass = 0;
+  float_tiles<kind, kMostRows, kOutputsOfMost, G>(a, out, n, passes, pass, m);
+  float_tiles<kind, 4, kTile, G>(a, out, n, passes, pass, m);
+  float_tiles<kind, 2, kTile, G>(a, out, n, passes, pass, m);
+  float_tiles<kind, 1, kTile, G>(a, out, n, passes, pass, m);
 }
 
 template <WeightKind kind>
 void float_rows(const LinearArgs& a, const LinearWeight& out, int64_t begin, int64_t end) {
-  constexpr int kOutputs = 4;
   int64_t n = begin;
-  for (; n + kOutputs <= end; n += kOutputs) float_tiles<kind, kOutputs>(a, out, n);
-  for (; n < end; ++n) float_tiles<kind, 1>(a, out, n);
+  for (; n + kTile <= end; n += kTile) float_group<kind, kTile>(a, out, n);
+  for (; n < end; ++n) float_group<kind, 1>(a, out, n);
 }
 
 // --- The whole --------------------------------------------------------------------------------------------------
