@@ -31,6 +31,7 @@ class CudaGraph:
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
 
     def replay(self) -> None:
+        assert _current, "replayed on whatever device is the current one"
         type(self).replays += 1
         for func, args, kwargs, outputs in self.calls:
             found = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
@@ -65,7 +66,21 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _recording(graph: CudaGraph) -> Any:
+_current: list[torch.device] = []  # the innermost torch.cuda.device(...)
+
+
+@contextmanager
+def _device(device: torch.device) -> Iterator[None]:
+    _current.append(torch.device(device))
+    try:
+        yield
+    finally:
+        _current.pop()
+
+
+def _recording(graph: CudaGraph, *, stream: Any, capture_error_mode: str) -> Any:
+    assert stream.device == _current[-1] and capture_error_mode == "thread_local"
+
     @contextmanager
     def context() -> Iterator[None]:
         recorder = _Recorder(graph)
@@ -83,10 +98,11 @@ def _recording(graph: CudaGraph) -> Any:
 
 class _Stream:
     def __init__(self, *_: object) -> None:
-        pass
+        assert _current, "a stream of whatever device is the current one"
+        self.device = _current[-1]
 
     def wait_stream(self, other: object) -> None:
-        assert isinstance(other, _Stream)
+        assert isinstance(other, _Stream) and other.device == self.device
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> type[CudaGraph]:
@@ -97,6 +113,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[CudaGraph]:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Counting)
     monkeypatch.setattr(torch.cuda, "graph", _recording)
+    monkeypatch.setattr(torch.cuda, "device", _device)
     monkeypatch.setattr(torch.cuda, "Stream", _Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", _Stream)

@@ -28,6 +28,7 @@ class Facts:
         warps: of a block.
         registers: of a thread. AMD's vector registers of both kinds.
         spills: bytes of each thread that registers had no room for (stack, private memory).
+        scalar_spills: AMD's scalar registers that went to lanes of vector registers: instructions more, no memory.
         shared: bytes of a block.
         tensor_memory: columns of a block (sm_100).
         matrix: kinds of matrix instruction in the main loop.
@@ -37,11 +38,13 @@ class Facts:
         read_bytes, written_bytes, shared_bytes: moved by a block in that turn, as far as the code says: loads by the
             tensor memory accelerator carry no size.
         instructions: of that turn, all pipes.
+        multiply_adds: of float32, that each thread does in it.
     """
 
     warps: int
     registers: int
     spills: int
+    scalar_spills: int
     shared: int
     tensor_memory: int
     matrix: list[str]
@@ -52,14 +55,14 @@ class Facts:
     written_bytes: int
     shared_bytes: int
     instructions: int
+    multiply_adds: int
 
     def to_dict(self) -> dict[str, Any]:
         """For the record."""
         return asdict(self)
 
 
-def _facts(code: Sequence[Instruction], *, warps: int, warp: int, **resources: int) -> Facts:
-    loop = disassembly.main_loop(code)
+def _facts(loop: Sequence[Instruction], *, warps: int, warp: int, scalar_spills: int = 0, **resources: int) -> Facts:
     flops, weighted = disassembly.matrix_work(loop)
     moved = {
         kind: disassembly.bytes_moved(loop, kind) * warps * warp for kind in ("global load", "global store", "shared")
@@ -74,6 +77,8 @@ def _facts(code: Sequence[Instruction], *, warps: int, warp: int, **resources: i
         written_bytes=moved["global store"],
         shared_bytes=moved["shared"],
         instructions=len(loop),
+        multiply_adds=disassembly.multiply_adds(loop),
+        scalar_spills=scalar_spills,
         **resources,
     )
 
@@ -124,11 +129,12 @@ def read_amdgcn(text: str, *, warps: int, shared: int) -> Facts:
         return int(found[1])
 
     return _facts(
-        disassembly.amdgcn(text),
+        disassembly.main_loop(disassembly.amdgcn(text)),
         warps=warps,
         warp=64,
         registers=number("vgpr_count"),
         spills=4 * number("vgpr_spill_count") + number("private_segment_fixed_size"),
+        scalar_spills=number("sgpr_spill_count"),
         shared=shared,
         tensor_memory=0,
     )
@@ -149,7 +155,7 @@ def _read_cubin(cubin: bytes, *, warps: int, shared: int, tensor_memory: int) ->
         ((name, (registers, spills, _)),) = usage(_run("cuobjdump", "-res-usage", str(path))).items()
         code = disassembly.sass(_run("nvdisasm", "-c", str(path)), name)
     resources = {"registers": registers, "spills": spills, "shared": shared, "tensor_memory": tensor_memory}
-    return _facts(code, warps=warps, warp=32, **resources)
+    return _facts(disassembly.main_loop(code), warps=warps, warp=32, **resources)
 
 
 _THREADS = re.compile(
@@ -176,7 +182,10 @@ def compile_cuda(source: Path, include: Sequence[Path], target: str) -> Iterator
     for name, (registers, spills, shared) in resources.items():
         code = disassembly.sass(listing, name)
         sizes = {"registers": registers, "spills": spills, "shared": shared, "tensor_memory": 0}
-        yield _plain(name), _facts(code, warps=-(-threads.get(name, 1024) // 32), warp=32, **sizes)
+        plain, warps = _plain(name), -(-threads.get(name, 1024) // 32)
+        multiplies = plain.startswith(("lstm_step", "lstm_sequence"))
+        loop = disassembly.product_loop(code) if multiplies else disassembly.main_loop(code)
+        yield plain, _facts(loop, warps=warps, warp=32, **sizes)
 
 
 def _plain(name: str) -> str:

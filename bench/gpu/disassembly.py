@@ -16,7 +16,9 @@ __all__ = [
     "main_loop",
     "matrix_instructions",
     "matrix_work",
+    "multiply_adds",
     "pipe",
+    "product_loop",
     "sass",
 ]
 
@@ -202,12 +204,34 @@ def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
     found = loops(code)
     for wanted in ("tensor", "global load"):
         holds = {body: sum(pipe(code[at]) == wanted for at in body) for body in found}
-        having = [body for body in found if holds[body]]
-        inner = [body for body in having if not any(other < body for other in having)]
-        if inner:
-            best = max(inner, key=lambda body: (holds[body], -len(body)))
+        if best := _innermost(holds):
             return [code[at] for at in sorted(best)]
     return list(code)
+
+
+def product_loop(code: Sequence[Instruction]) -> list[Instruction]:
+    """The main loop of a kernel that multiplies matrices without an instruction for it: the innermost one with most
+    multiply-adds of float32, of those without the special unit, which exponentials and gates take. Of two alike, that
+    which reads shared memory: the other is for what had no room there."""
+    holds: dict[frozenset[int], int] = {}
+    for body in loops(code):
+        pipes = Counter(pipe(code[at]) for at in body)
+        if not pipes["special"]:
+            holds[body] = 1000 * multiply_adds(code[at] for at in body) + pipes["shared"]
+    best = _innermost(holds)
+    return [code[at] for at in sorted(best)] if best else main_loop(code)
+
+
+def _innermost(holds: dict[frozenset[int], int]) -> frozenset[int] | None:
+    """Of the loops that hold anything and have none such within, that with most; of two alike the shorter one."""
+    having = [body for body in holds if holds[body]]
+    inner = [body for body in having if not any(other < body for other in having)]
+    return max(inner, key=lambda body: (holds[body], -len(body)), default=None)
+
+
+def multiply_adds(code: Iterable[Instruction]) -> int:
+    """Multiply-adds of float32 that one lane does."""
+    return sum({"FFMA": 1, "FFMA2": 2}.get(instruction.base, 0) for instruction in code)
 
 
 _FAMILIES = (

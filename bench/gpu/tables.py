@@ -36,7 +36,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["target"],
         str(row["warps"]),
         str(row["registers"]),
-        str(row["spills"]),
+        f"{row['spills']} + {scalar} scalar" if (scalar := row.get("scalar_spills", 0)) else str(row["spills"]),
         shared,
         f"{fit['blocks']} ({fit['limit']})",
         ", ".join(row["matrix"]) or "–",
@@ -103,8 +103,8 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def regressions(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
-    """A line for each kernel that is worse than it was: more spills, fewer blocks, a bound lower by over 2 points, 3%
-    more instructions in the loop, or another matrix instruction."""
+    """A line for each kernel that is worse than it was: more spills of either kind, fewer blocks, a bound lower by over
+    2 points, 3% more instructions in the loop, or another matrix instruction."""
     old_rows = {(row["kernel"], row["target"]): row for row in before if "bound" in row}
     lines = []
     for row in now:
@@ -114,6 +114,7 @@ def regressions(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list
         where = f"{row['kernel']}, {row['target']}"
         for what, was, is_now, is_worse in (
             ("spilled bytes", old["spills"], row["spills"], row["spills"] > old["spills"]),
+            ("scalar spills", *_both(old, row, "scalar_spills"), _more(old, row, "scalar_spills")),
             (
                 "blocks",
                 *_pair(old, row, "occupancy", "blocks"),
@@ -131,6 +132,16 @@ def regressions(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list
             if is_worse:
                 lines.append(f"{where}: {what} {_short(is_now)}, was {_short(was)}")
     return lines
+
+
+def _both(old: dict[str, Any], new: dict[str, Any], name: str) -> tuple[int, int]:
+    """Of records that may be older than the figure."""
+    return old.get(name, new[name]), new[name]
+
+
+def _more(old: dict[str, Any], new: dict[str, Any], name: str) -> bool:
+    was, now = _both(old, new, name)
+    return now > was
 
 
 def _pair(old: dict[str, Any], new: dict[str, Any], part: str, name: str) -> tuple[Any, Any]:

@@ -409,14 +409,15 @@ class Engine:
         if self._why_not_captured is None:
             self._why_not_captured = self._obstacle()
         if self._why_not_captured is None:
-            restore = self._state.snapshot()
+            restore = snapshot()  # the step may have run when it turns out that it can't be recorded
             try:
-                if not records(self._model.device):
+                device = self._model.device
+                if not records(device):
                     recording.captured = Captured(step, lanes.tokens)
                 elif self._samples_on_device:
-                    recording.captured = Graph(step, lanes.tokens, snapshot)
+                    recording.captured = Graph(device, step, lanes.tokens, snapshot)
                 else:
-                    recording.captured = Graph(forward, lanes.tokens, snapshot, after=draw)
+                    recording.captured = Graph(device, forward, lanes.tokens, snapshot, after=draw)
                 recording.logits = recording.captured.result
                 return
             except CaptureError as error:

@@ -32,8 +32,9 @@ class Graph:
     """A step that has run once, and can be run again without Python.
 
     Args:
-        step: works on one CUDA device and looks at no value: it leaves its results in tensors that it reads again the
-            next time. Everything it touches but does not make itself must outlive this object unmoved.
+        device: the CUDA device that the step works on; the current one may be another.
+        step: looks at no value: it leaves its results in tensors that it reads again the next time. Everything it
+            touches but does not make itself must outlive this object unmoved.
         watched: int64: what to log after each step, token ids; below 0 where the sampler refused its input.
         snapshot: returns a function that brings back all that the step changes; steps beyond a stop are undone by it.
         after: what to do with the step's result on the host before the next one, such as sampling there; it sets
@@ -45,31 +46,38 @@ class Graph:
 
     def __init__(
         self,
+        device: torch.device,
         step: Callable[[], Tensor],
         watched: Tensor,
         snapshot: Callable[[], Callable[[], None]],
         after: Callable[[Tensor], None] | None = None,
     ) -> None:
-        self._watched, self._snapshot, self._after = watched, snapshot, after
+        self._device, self._watched, self._snapshot, self._after = device, watched, snapshot, after
         self._log = torch.empty(_STEPS, watched.numel(), dtype=torch.int64, device=watched.device)
-        # The first run is an ordinary one, beside the current stream as the recording will be: it compiles kernels,
-        # and libraries allocate their workspaces.
+        with torch.cuda.device(device):
+            self._record(step)
+            if after is not None:
+                after(self.result)
+
+    def _record(self, step: Callable[[], Tensor]) -> None:
+        # The first run is an ordinary one, on the stream that will record: it compiles kernels, and libraries allocate
+        # their workspaces, which belong to a stream.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), native.recording_on_device():
             first = step()
         torch.cuda.current_stream().wait_stream(stream)
-        if after is None and bool((watched < 0).any()):
+        if self._after is None and bool((self._watched < 0).any()):
             raise CaptureError("the sampler refused its input")  # run op by op, the step says why
         self._graph: Any = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self._graph), native.recording_on_device():
+            # Other threads of the program, as one that pins memory, may go on using the device.
+            recording = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
+            with recording, native.recording_on_device():
                 self.result = step()
         except RuntimeError as error:
             raise CaptureError(f"CUDA can't record the step: {str(error).splitlines()[0]}") from error
         self.result.copy_(first)  # recording computed nothing
-        if after is not None:
-            after(self.result)
 
     def run(self, times: int, stops: Collection[int] = ()) -> list[list[int]]:
         """Runs the step up to `times` more times, fewer where one of `stops` turns up among the watched values.
@@ -82,8 +90,11 @@ class Graph:
         Raises:
             Refused: a value was below 0.
         """
+        with torch.cuda.device(self._device):
+            return self._run(times, frozenset(stops))
+
+    def _run(self, times: int, stops: frozenset[int]) -> list[list[int]]:
         values: list[list[int]] = []
-        stops = frozenset(stops)
         most = 1 if self._after is not None else _STEPS
         while len(values) < times:
             count = min(times - len(values), most)

@@ -104,14 +104,17 @@ def triton_float_why_not(*tensors: Tensor | None) -> str | None:
 
 
 def triton_kernel(module: str, name: str) -> Callable[..., Any]:
-    """The launcher `name` of fastlm.kernels.triton.`module`, imported by its first call: triton is optional."""
+    """The launcher `name` of fastlm.kernels.triton.`module`, imported by its first call: triton is optional. It runs
+    with the tensors' device as the current one, on which Triton launches whatever it is given."""
     launcher: Callable[..., Any] | None = None
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal launcher
         if launcher is None:
             launcher = getattr(import_module(f"fastlm.kernels.triton.{module}"), name)
-        return launcher(*args, **kwargs)
+        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with torch.cuda.device_of(tensor):
+            return launcher(*args, **kwargs)
 
     return run
 

@@ -82,6 +82,7 @@ _AMD = """
     .vgpr_count:     10
     .private_segment_fixed_size: 12
     .vgpr_spill_count: 2
+    .sgpr_spill_count: 7
 """
 
 
@@ -112,7 +113,7 @@ def test_the_main_loop_is_found_with_its_wait_behind_the_end() -> None:
 def test_amd_loops_resources_and_bytes() -> None:
     facts = compiled.read_amdgcn(_AMD, warps=4, shared=0)
     assert facts.pipes == {"uniform": 2, "control": 3, "alu": 2, "global load": 1, "barrier": 1, "global store": 1}
-    assert (facts.registers, facts.spills) == (10, 4 * 2 + 12)
+    assert (facts.registers, facts.spills, facts.scalar_spills) == (10, 4 * 2 + 12, 7)
     assert facts.read_bytes == facts.written_bytes == 16 * 4 * 64
     with pytest.raises(ValueError, match=r"no \.vgpr_count"):
         compiled.read_amdgcn("", warps=4, shared=0)
@@ -134,6 +135,30 @@ def test_of_two_loops_alike_the_one_without_a_mask_is_the_main_one() -> None:
             "fma": 1,
             "control": 1,
         }
+
+
+def test_the_product_loop_is_that_with_the_multiply_adds_but_no_gates() -> None:
+    def text(label: str, *names: str) -> str:
+        body = "".join(f"        /*0000*/ {n} R0, R1 ;\n" for n in names)
+        return f"{label}:\n{body}/*00*/ @P0 BRA `({label}) ;\n"
+
+    gates = text(".L_1", *["FFMA"] * 9, "MUFU.EX2", "LDG.E")
+    elsewhere = text(".L_2", "FFMA", "FFMA", "LDG.E.128")
+    product = text(".L_3", "FFMA", "FFMA", "LDS.128", "IADD3")
+    for order in (gates + elsewhere + product, product + gates + elsewhere):
+        loop = disassembly.product_loop(disassembly.sass(order))
+        assert disassembly.count(loop) == {"fma": 2, "shared": 1, "alu": 1, "control": 1}
+        assert disassembly.multiply_adds(loop) == 2
+    assert disassembly.multiply_adds(disassembly.sass(text(".L_1", "FFMA2", "FMUL"))) == 2
+
+
+def test_products_of_a_sequence_are_bound_by_what_its_loop_keeps_busy() -> None:
+    loop = facts(matrix=[], matrix_flops=0, weighted_flops=0, multiply_adds=128, pipes={"fma": 140}, shared_bytes=49152)
+    resident = dataclasses.replace(loop, read_bytes=0)
+    bound = static.row("lstm_sequence_kernel<float, 8>", "sm_90", resident, None)["bound"]
+    assert (bound["unit"], bound["of"]) == ("shared", "fma")
+    assert bound["share"] == pytest.approx(128 * 256 / 128 / 384)
+    assert static.row("lstm_step_kernel<float, 1, 4>", "sm_90", loop, None)["bound"]["of"] == "memory"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +242,7 @@ def facts(**changes: Any) -> Facts:
         warps=8,
         registers=200,
         spills=0,
+        scalar_spills=0,
         shared=160 << 10,
         tensor_memory=0,
         matrix=["wgmma"],
@@ -227,6 +253,7 @@ def facts(**changes: Any) -> Facts:
         written_bytes=0,
         shared_bytes=0,
         instructions=390,
+        multiply_adds=0,
     )
     return dataclasses.replace(plain, **changes)
 
@@ -288,11 +315,14 @@ def test_faults_are_found(target: str, fault: dict[str, Any], word: str) -> None
 def test_what_got_worse_is_found() -> None:
     before = [static.row("k", "sm_90", facts(registers=128), shipped(work=Work(4 * 128**3)))]
     assert not tables.regressions(before, before)
-    changed = facts(registers=256, spills=4, instructions=500, matrix=["mma.sync"], pipes={"special": 256})
+    changed = facts(
+        registers=256, spills=4, scalar_spills=3, instructions=500, matrix=["mma.sync"], pipes={"special": 256}
+    )
     now = [static.row("k", "sm_90", changed, shipped(work=Work(4 * 128**3)))]
     lines = tables.regressions(before, now)
     words = (
         "spilled bytes 4, was 0",
+        "scalar spills 3, was 0",
         "share of peak 0.50, was 1.00",
         "instructions 500, was 390",
         "mma.sync, was wgmma",
@@ -302,7 +332,10 @@ def test_what_got_worse_is_found() -> None:
     fewer = [before[0] | {"occupancy": before[0]["occupancy"] | {"blocks": 0}}]
     assert tables.regressions(before, fewer) == ["k, sm_90: blocks 0, was 1"]
     assert not tables.regressions([], now)
-    assert "k **spills 4 bytes a thread" in tables.markdown({"tools": {"Triton": "3"}, "rows": now})
+    text = tables.markdown({"tools": {"Triton": "3"}, "rows": now})
+    assert "k **spills 4 bytes a thread" in text and "| 4 + 3 scalar |" in text
+    del before[0]["scalar_spills"]  # as in a record from before they were counted
+    assert not any("scalar" in line for line in tables.regressions(before, now))
 
 
 def test_what_cuobjdump_prints() -> None:

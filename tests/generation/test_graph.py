@@ -26,6 +26,7 @@ from fastlm.ops.checks import usable_device
 from fastlm.ops.registry import Implementation, always
 
 PROMPTS = [[1, 2, 3], [7], [5, 4, 3, 2, 1, 0, 9, 8, 7, 6], [11, 12]]
+DEVICE = torch.device("cpu")  # of the emulation
 Tokens = list[tuple[int, int, float | None, str | None]]
 
 
@@ -97,11 +98,14 @@ def test_steps_beyond_a_stop_are_undone(model: CausalLM, graphs: type[CudaGraph]
     assert {finish for *_, finish in got} == {None, "stop", "length"}
 
 
-def test_what_cannot_be_recorded_runs_op_by_op_and_says_why(graphs: type[CudaGraph]) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_what_cannot_be_recorded_runs_op_by_op_and_says_why(
+    graphs: type[CudaGraph], sampler: None, on_device: bool
+) -> None:
     model = spread(TINY["llama"])
     want, _ = _run(model, 1, False, max_new_tokens=6)
     model.layers[1].register_forward_pre_hook(lambda layer, args: args[0].sum().item() and None)
-    got, decoder = _run(model, 3, True, on_device=False, max_new_tokens=6)
+    got, decoder = _run(model, 3, True, on_device=on_device, max_new_tokens=6)
     assert got == want and graphs.replays == 0
     assert decoder.why_not_captured == (
         "CUDA can't record the step: CUDA error: operation not permitted when stream is capturing"
@@ -120,13 +124,13 @@ def _counter(graphs: type[CudaGraph], step: Any = None) -> tuple[Graph, Tensor, 
         kept = count.clone()
         return lambda: count.copy_(kept)
 
-    return Graph(step or plain, seen, snapshot), count, seen
+    return Graph(DEVICE, step or plain, seen, snapshot), count, seen
 
 
 def test_a_graph_of_a_counter(graphs: type[CudaGraph]) -> None:
     with pytest.raises(CaptureError, match="refused its input"):
         refused = torch.zeros(1, dtype=torch.int64)
-        Graph(lambda: refused.fill_(-1), refused, lambda: lambda: None)
+        Graph(DEVICE, lambda: refused.fill_(-1), refused, lambda: lambda: None)
     graph, count, seen = _counter(graphs)
     assert (int(count), int(seen), float(graph.result)) == (1, 1, 2.0)
     assert graph.run(3) == [[2], [3], [4]]
