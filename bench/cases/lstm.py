@@ -1,8 +1,8 @@
-"""LSTM layers over sequences, padded and ragged, forward and with gradients."""
+"""Recurrent layers over sequences, padded and ragged, forward and with gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -26,11 +26,13 @@ _SHAPES: tuple[tuple[int, int, int, int, int, bool, float, float], ...] = (
     (16, 128, 512, 512, 1, True, 4.0, 4.0),
     (32, 128, 512, 512, 1, True, 4.0, 4.0),
 )
+_OTHERS = tuple((*shape[:6], None, None) for shape in (_SHAPES[0], _SHAPES[3], _SHAPES[5]))  # of GRU and RNN
 
 
 def _forward(module: torch.nn.Module, input: Tensor, lengths: Tensor | None) -> list[Tensor]:
-    """The output's rows, h_n, c_n."""
+    """The output's rows, h_n and, of an LSTM, c_n."""
     output, states = module(input if lengths is None else pack_padded_sequence(input, lengths))
+    states = (states,) if isinstance(states, Tensor) else states
     return [output.data if isinstance(output, PackedSequence) else output, *states]
 
 
@@ -51,36 +53,35 @@ def train(module: torch.nn.Module, input: Tensor, lengths: Tensor | None) -> lis
     return [*results, *torch.autograd.grad(total, [leaf, *module.parameters()])]
 
 
-def _gate(work: Callable[..., list[Tensor]], ours: nn.LSTM, peer: torch.nn.LSTM, *arguments: Any) -> None:
+def _gate(work: Callable[..., list[Tensor]], ours: torch.nn.RNNBase, peer: torch.nn.RNNBase, *arguments: Any) -> None:
     input, lengths = arguments
-    exact = torch.nn.LSTM(peer.input_size, peer.hidden_size, peer.num_layers).double()
+    exact = type(peer)(peer.input_size, peer.hidden_size, peer.num_layers).double()  # type: ignore[arg-type]
     exact.load_state_dict(peer.state_dict())
     found = zip(work(ours, *arguments), work(peer, *arguments), work(exact, input.double(), lengths), strict=True)
     for position, (got, reference, want) in enumerate(found):
         bound = 2 * (reference.double() - want).abs().max() + 1e-6 * want.abs().max()
-        require(bool((got.double() - want).abs().max() <= bound), f"LSTM: result {position} is wrong")
+        require(bool((got.double() - want).abs().max() <= bound), f"{type(peer).__name__}: result {position} is wrong")
 
 
-def cases() -> Iterator[Case]:
-    """fastlm.nn.LSTM against torch.nn.LSTM on the same weights."""
-    for batch, steps, inputs, hidden, layers, ragged, *goals in _SHAPES:
+def _cases(kind: str, gates: int, shapes: Iterable[tuple[Any, ...]]) -> Iterator[Case]:
+    for batch, steps, inputs, hidden, layers, ragged, *goals in shapes:
         torch.manual_seed(0)
-        peer = torch.nn.LSTM(inputs, hidden, layers)
-        ours = nn.LSTM(inputs, hidden, layers)
+        peer = getattr(torch.nn, kind)(inputs, hidden, layers)
+        ours = getattr(nn, kind)(inputs, hidden, layers)
         ours.load_state_dict(peer.state_dict())
         lengths = torch.linspace(steps, 1, batch).round().long() if ragged else None
         arguments = torch.randn(steps, batch, inputs), lengths
         rows = batch * steps if lengths is None else int(lengths.sum())
-        flops = 8.0 * rows * hidden * (inputs + hidden + (layers - 1) * 2 * hidden)
-        weights = 16.0 * hidden * hidden * layers  # of h, read at every step
+        flops = 2.0 * gates * rows * hidden * (inputs + hidden + (layers - 1) * 2 * hidden)
+        weights = 4.0 * gates * hidden * hidden * layers  # of h, read at every step
         shape = f"B {batch}, T {steps}, I {inputs}, H {hidden}"
         shape += f", {layers} layers" * (layers > 1) + ", lengths 1..T" * ragged
-        works = (("LSTM forward", infer, 1, 1), ("LSTM forward+backward", train, 2, 3))
+        works = ((f"{kind} forward", infer, 1, 1), (f"{kind} forward+backward", train, 2, 3))
         for (name, work, passes, products), goal in zip(works, goals, strict=True):
             yield Case(
                 name=name,
                 shape=shape,
-                peer_name="torch.nn.LSTM",
+                peer_name=f"torch.nn.{kind}",
                 gate=partial(_gate, work, ours, peer, *arguments),
                 ours=partial(work, ours, *arguments),
                 peer=partial(work, peer, *arguments),
@@ -89,3 +90,10 @@ def cases() -> Iterator[Case]:
                 resident=weights,
                 flops=products * flops,
             )
+
+
+def cases() -> Iterator[Case]:
+    """fastlm.nn's recurrent layers against torch.nn's on the same weights."""
+    yield from _cases("LSTM", 4, _SHAPES)
+    yield from _cases("GRU", 3, _OTHERS)
+    yield from _cases("RNN", 1, _OTHERS)

@@ -66,7 +66,9 @@
   X(int64_t, lstm_variant_backward_scratch, (int64_t b, int64_t h, bool norm), (b, h, norm)) \
   X(void, lstm_cell, (const LstmCell& a), (a))                                      \
   X(void, recurrent_forward, (const RecurrentForward& a), (a))                      \
-  X(int64_t, recurrent_forward_scratch, (RecurrentCell cell, int64_t n, int64_t b, int64_t h), (cell, n, b, h))
+  X(int64_t, recurrent_forward_scratch, (RecurrentCell cell, int64_t n, int64_t b, int64_t h), (cell, n, b, h)) \
+  X(void, recurrent_backward, (const RecurrentBackward& a), (a))                    \
+  X(int64_t, recurrent_backward_scratch, (int64_t b, int64_t h), (b, h))
 
 namespace fastlm {
 

@@ -1,11 +1,30 @@
 #include "fastlm/pack.h"
 
+#include <utility>
+
 #include "gemm_panel.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
 
 namespace {
+
+// One stage of a transpose: where the lane's bit S is not that of the row, rows i and i + S exchange lanes.
+template <int S, int... Lane>
+FASTLM_INLINE void exchange(vf (&rows)[kLanes], std::integer_sequence<int, Lane...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & S) continue;
+    const vf low = rows[i], high = rows[i + S];
+    rows[i] = __builtin_shufflevector(low, high, (Lane & S ? kLanes + Lane - S : Lane)...);
+    rows[i + S] = __builtin_shufflevector(low, high, (Lane & S ? kLanes + Lane : Lane + S)...);
+  }
+}
+template <int S = kLanes / 2>
+FASTLM_INLINE void transpose(vf (&rows)[kLanes]) {
+  exchange<S>(rows, std::make_integer_sequence<int, kLanes>());
+  if constexpr (S > 1) transpose<S / 2>(rows);
+}
 
 template <typename W>
 void pack_as(const PackPanels& a) {
@@ -17,18 +36,29 @@ void pack_as(const PackPanels& a) {
   // Where a panel's vector v begins in the source, and how many of its lanes the matrix has.
   const int64_t between = by_gates ? units : kLanes;
   const int64_t panels = panels_for(units, per_panel);
-  constexpr int64_t kTile = 16;  // a cache line of the source, when it is read along k
+  const int64_t tile = a.stride_k == 1 ? 64 : 16;  // along k, of which cache lines of the source are
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1)
   for (int64_t p = 0; p < panels; ++p) {
     W* panel = static_cast<W*>(a.packed) + p * panel_size<W>(a.k, vectors * kLanes);
-    for (int64_t k0 = 0; k0 < a.k; k0 += kTile) {
-      const int64_t k1 = k0 + kTile < a.k ? k0 + kTile : a.k;
+    for (int64_t k0 = 0; k0 < a.k; k0 += tile) {
+      const int64_t k1 = k0 + tile < a.k ? k0 + tile : a.k;
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t first = p * per_panel + (by_gates ? 0 : v * kLanes);
         int64_t valid = units - first;
         valid = valid < 0 ? 0 : valid < kLanes ? valid : kLanes;
         const W* source = static_cast<const W*>(a.source) + (p * per_panel + v * between) * a.stride_n;
-        for (int64_t k = k0; k < k1; ++k) {
+        int64_t k = k0;
+        if constexpr (kSteps == 1) {
+          for (; a.stride_k == 1 && valid == kLanes && k + kLanes <= k1; k += kLanes) {
+            vf rows[kLanes];
+#pragma GCC unroll 16
+            for (int lane = 0; lane < kLanes; ++lane) rows[lane] = load(source + k + lane * a.stride_n);
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) store(panel + ((k + i) * vectors + v) * kLanes, rows[i]);
+          }
+        }
+        for (; k < k1; ++k) {
           W* to = panel + (k / kSteps * vectors + v) * kLanes * kSteps + k % kSteps;
           const W* from = source + k * a.stride_k;
           if (valid < kLanes) {

@@ -22,11 +22,30 @@ struct Gru {
   static void hidden_product(const Rows& h, int64_t rows, const W* panel, int64_t k, float* sums) {
     panel_product<3, 3>(h, rows, panel, k, sums, kPanel);
   }
-  static void update(const float* sums, const float* h, float* next, int64_t count) {
+  // Leaves r, z and n in `sums`.
+  static void update(float* sums, const float* h, float* next, int64_t count) {
     const int n = lanes_left(count, 0);
     const vf r = sigmoid(load(sums)), z = sigmoid(load(sums + kLanes));
     const vf candidate = tanh(load(sums + 2 * kLanes) + r * load(sums + 3 * kLanes));
+    store(sums, r);
+    store(sums + kLanes, z);
+    store(sums + 2 * kLanes, candidate);
     store_lanes(next, candidate + z * (load_lanes(h, n) - candidate), n);
+  }
+  // The derivative of update() for `n` <= L units, grad being that of the next h: gives what of it goes straight to h.
+  // `saved` is the sums after update(), grad_x and grad_h the units' places in the gates' gradients, `width` apart.
+  FASTLM_INLINE vf differentiate(vf grad, const float* saved, vf, vf h, float* grad_x, float* grad_h, int n,
+                                 int64_t width) {
+    const vf r = load(saved), z = load(saved + kLanes), candidate = load(saved + 2 * kLanes);
+    const vf of_n = grad * (1.0f - z) * (1.0f - candidate * candidate);
+    const vf of_r = of_n * load(saved + 3 * kLanes) * r * (1.0f - r), of_z = grad * (h - candidate) * z * (1.0f - z);
+    store_lanes(grad_x, of_r, n);
+    store_lanes(grad_h, of_r, n);
+    store_lanes(grad_x + width, of_z, n);
+    store_lanes(grad_h + width, of_z, n);
+    store_lanes(grad_x + 2 * width, of_n, n);
+    store_lanes(grad_h + 2 * width, of_n * r, n);
+    return grad * z;
   }
 };
 
@@ -42,12 +61,16 @@ struct Plain {
   static void hidden_product(const Rows& h, int64_t rows, const W* panel, int64_t k, float* sums) {
     panel_product(h, rows, panel, k, sums, kPanel);
   }
-  static void update(const float* sums, const float*, float* next, int64_t count) {
+  static void update(float* sums, const float*, float* next, int64_t count) {
     for (int64_t v = 0; v < kPanel && v < count; v += kLanes) {
       const vf sum = load(sums + v);
       // As torch's, NaN stays NaN.
       store_lanes(next + v, Relu ? select(sum < vf{}, vf{}, sum) : tanh(sum), lanes_left(count, v));
     }
+  }
+  FASTLM_INLINE vf differentiate(vf grad, const float*, vf next, vf, float*, float* grad_h, int n, int64_t) {
+    store_lanes(grad_h, Relu ? select(next <= vf{}, vf{}, grad) : grad * (1.0f - next * next), n);
+    return vf{};
   }
 };
 
@@ -57,7 +80,9 @@ class Layer {
   explicit Layer(const RecurrentForward& args) : a(args) {
     total_ = total_rows(a.batch_sizes, a.steps);
     panels_ = panels_for(a.hidden, Cell::kUnits);
-    gate_rows_ = most_rows(total_, a.batch_sizes[0]);
+    save_ = a.gates != nullptr;
+    gate_rows_ = save_ ? total_ : most_rows(total_, a.batch_sizes[0]);
+    sums_ = save_ ? a.gates : a.scratch;
   }
 
   // Rows whose sums are held at a time.
@@ -90,18 +115,21 @@ class Layer {
   }
 
  private:
-  float* sums(int64_t u) const { return a.scratch + u * gate_rows_ * kPanel; }
+  // Of the row `row`, in the chunk that begins with the row `low`.
+  float* sums(int64_t u, int64_t row, int64_t low) const {
+    return sums_ + (u * gate_rows_ + row - (save_ ? 0 : low)) * kPanel;
+  }
 
   void input_panel(int64_t u, int64_t low, int64_t high) {
-    fill_bias(sums(u), a.bias + u * kPanel, high - low);
+    fill_bias(sums(u, low, low), a.bias + u * kPanel, high - low);
     const W* const panel = static_cast<const W*>(a.w_ih) + u * panel_size<W>(a.inputs, Cell::kVectors * kLanes);
     const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
-    Cell::input_product(input, high - low, panel, a.inputs, sums(u));
+    Cell::input_product(input, high - low, panel, a.inputs, sums(u, low, low));
   }
 
   void hidden_panel(const Walk& step, int64_t u, int64_t low) {
     const Rows h = state_before(step, a.output, a.h0, a.hidden);
-    float* at_step = sums(u) + (step.begin - low) * kPanel;
+    float* at_step = sums(u, step.begin, low);
     const W* const panel = static_cast<const W*>(a.w_hh) + u * panel_size<W>(a.hidden, Cell::kVectors * kLanes);
     Cell::hidden_product(h, step.rows(), panel, a.hidden, at_step);
     const int64_t at = u * Cell::kUnits, left = a.hidden - at;
@@ -115,14 +143,74 @@ class Layer {
 
   const RecurrentForward& a;
   int64_t total_, panels_, gate_rows_;
+  float* sums_;  // [panels][gate_rows][4][L]
+  bool save_;
 };
 
+// As the LSTM's without a projection: a thread's outputs and hidden units are the same, so what it carries is its own.
 template <typename Cell>
-void run_layer(const RecurrentForward& args) {
-  const auto run = [](auto&& layer) {
-    parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
-  };
-  args.bfloat ? run(Layer<Cell, uint16_t>(args)) : run(Layer<Cell, float>(args));
+class Backward {
+ public:
+  explicit Backward(const RecurrentBackward& args) : a(args), stride_(padded(a.hidden)) {
+    total_ = total_rows(a.batch_sizes, a.steps);
+  }
+
+  int threads() const {
+    return useful_threads(a.threads, total_ / a.steps * Cell::kGates * a.hidden * a.hidden, stride_ / kPanel);
+  }
+
+  void run(int thread, int threads, Barrier& barrier) {
+    const Range own = share(stride_ / kPanel, thread, threads);
+    const int64_t batch = a.batch_sizes[0], k = Cell::kGates * a.hidden;
+    bool back = false;
+    copy_columns(own, batch, stride_, nullptr, stride_, a.scratch, stride_);
+    copy_columns(own, batch, a.hidden, a.grad_h_n, a.hidden, a.scratch, stride_);
+    for (Walk step(a.batch_sizes, a.steps, total_, !a.reverse); !step.done(); step.advance()) {
+      for (int64_t p = own.begin; p < own.end; ++p) cell_panel(step, p);
+      barrier.wait();
+      sweep(own, back, [&](int64_t p) {
+        panel_product({a.grad_h + step.begin * k, nullptr, step.rows(), k}, step.rows(), a.w_hh + p * k * kPanel, k,
+                      a.scratch + p * kPanel, stride_);
+      });
+    }
+    copy_columns(own, batch, a.hidden, a.scratch, stride_, a.grad_h0, a.hidden);
+  }
+
+ private:
+  // From the gradient of h, carried and the output's own, to those of the gates; what goes straight to the h before
+  // stays in `scratch`, to which the product with W_hh is added.
+  void cell_panel(const Walk& step, int64_t p) {
+    const Rows before = backward_state(step, a.output, a.h0, a.hidden);
+    for (int64_t at = p * kPanel; at < (p + 1) * kPanel && at < a.hidden; at += kLanes) {
+      const int n = lanes_left(a.hidden, at);
+      for (int64_t i = 0; i < step.rows(); ++i) {
+        const int64_t row = step.begin + i, place = row * a.hidden + at, gate = row * Cell::kGates * a.hidden + at;
+        float* const carry = a.scratch + i * stride_ + at;
+        const vf h = load_lanes(before[i] + at, n);
+        vf grad = load(carry);
+        if (a.grad_output != nullptr) grad += load_lanes(a.grad_output + place, n);
+        if (a.previous != nullptr) store_lanes(a.previous + place, h, n);
+        constexpr bool gated = Cell::kGates > 1;
+        store(carry, Cell::differentiate(grad, gated ? a.gates + (at / kLanes * total_ + row) * kPanel : nullptr,
+                                         load_lanes(a.output + place, n), h, gated ? a.grad_x + gate : nullptr,
+                                         a.grad_h + gate, n, a.hidden));
+      }
+    }
+  }
+
+  const RecurrentBackward& a;
+  const int64_t stride_;
+  int64_t total_;
+};
+
+template <typename AnyLayer>
+void run_layer(AnyLayer&& layer) {
+  parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+}
+
+template <typename Cell>
+void run_forward(const RecurrentForward& args) {
+  args.bfloat ? run_layer(Layer<Cell, uint16_t>(args)) : run_layer(Layer<Cell, float>(args));
 }
 
 }  // namespace
@@ -134,9 +222,19 @@ int64_t recurrent_forward_scratch(RecurrentCell cell, int64_t rows, int64_t batc
 
 void recurrent_forward(const RecurrentForward& args) {
   switch (args.cell) {
-    case RecurrentCell::gru: return run_layer<Gru>(args);
-    case RecurrentCell::tanh: return run_layer<Plain<false>>(args);
-    case RecurrentCell::relu: return run_layer<Plain<true>>(args);
+    case RecurrentCell::gru: return run_forward<Gru>(args);
+    case RecurrentCell::tanh: return run_forward<Plain<false>>(args);
+    case RecurrentCell::relu: return run_forward<Plain<true>>(args);
+  }
+}
+
+int64_t recurrent_backward_scratch(int64_t batch, int64_t hidden) { return batch * padded(hidden); }
+
+void recurrent_backward(const RecurrentBackward& args) {
+  switch (args.cell) {
+    case RecurrentCell::gru: return run_layer(Backward<Gru>(args));
+    case RecurrentCell::tanh: return run_layer(Backward<Plain<false>>(args));
+    case RecurrentCell::relu: return run_layer(Backward<Plain<true>>(args));
   }
 }
 

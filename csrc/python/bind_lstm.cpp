@@ -1,5 +1,9 @@
 #include "bindings.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -175,7 +179,7 @@ void variant_backward(const std::vector<int64_t>& batch_sizes, int64_t rows, int
 
 void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
                int64_t inputs, int64_t hidden, bool reverse, bool bfloat, address input, address w_ih, address w_hh,
-               address bias, address h0, address output, address h_n, int threads) {
+               address bias, address h0, address output, address h_n, address gates, int threads) {
   check_batch_sizes(batch_sizes, rows, batch);
   check(inputs >= 1 && hidden >= 1, "recurrent_forward: sizes must be positive");
   const auto floats = recurrent_forward_scratch(kind, rows, batch, hidden);
@@ -183,7 +187,7 @@ void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int6
   RecurrentForward args = {kind, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
                            pointer<const float>(input), bfloat, pointer<const void>(w_ih), pointer<const void>(w_hh),
                            pointer<const float>(bias), pointer<const float>(h0), reverse, pointer<float>(output),
-                           pointer<float>(h_n), memory, threads};
+                           pointer<float>(h_n), pointer<float>(gates), memory, threads};
   if (Program* const program = recording())
     program->add([args, sizes = batch_sizes]() mutable {
       args.batch_sizes = sizes.data();
@@ -191,6 +195,32 @@ void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int6
     });
   py::gil_scoped_release unlocked;
   recurrent_forward(args);
+}
+
+void recurrent_gradients(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
+                         int64_t hidden, bool reverse, address w_hh, address h0, address output, address gates,
+                         address grad_output, address grad_h_n, address grad_x, address grad_h, address previous,
+                         address grad_h0, int threads) {
+  refuse_recording("recurrent_backward");
+  check_batch_sizes(batch_sizes, rows, batch);
+  check(hidden >= 1, "recurrent_backward: sizes must be positive");
+  check(kind != RecurrentCell::gru || (gates != 0 && grad_x != 0), "recurrent_backward: a GRU needs gates and grad_x");
+  auto* const memory = static_cast<float*>(scratch(recurrent_backward_scratch(batch, hidden) * sizeof(float)));
+  py::gil_scoped_release unlocked;
+  recurrent_backward({kind, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), hidden,
+                      pointer<const float>(w_hh), pointer<const float>(h0), reverse, pointer<const float>(output),
+                      pointer<const float>(gates), pointer<const float>(grad_output), pointer<const float>(grad_h_n),
+                      pointer<float>(grad_x), pointer<float>(grad_h), pointer<float>(previous),
+                      pointer<float>(grad_h0), memory, threads});
+}
+
+// Asks for huge pages (2 MB) for what of a range has not been touched yet. A hint: where there are none, nothing.
+void use_huge_pages([[maybe_unused]] address start, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr address kPage = 65536;  // of any system
+  const address low = (start + kPage - 1) / kPage * kPage, high = (start + bytes) / kPage * kPage;
+  if (low < high) madvise(reinterpret_cast<void*>(low), high - low, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace
@@ -213,6 +243,8 @@ void bind_lstm(py::module_& m) {
       .value("tanh", RecurrentCell::tanh)
       .value("relu", RecurrentCell::relu);
   m.def("recurrent_forward", &recurrent);
+  m.def("recurrent_backward", &recurrent_gradients);
+  m.def("use_huge_pages", &use_huge_pages);
 }
 
 }  // namespace fastlm

@@ -5,12 +5,14 @@
 #include <vector>
 
 #include "check.h"
+#include "fastlm/isa.h"
 #include "fastlm/pack.h"
 #include "fastlm/recurrent.h"
 
 namespace {
 
 using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
 using fastlm::RecurrentCell;
 
 struct Random {
@@ -32,7 +34,8 @@ struct Layer {
   int64_t inputs, hidden;
   std::vector<int64_t> sizes;
   bool reverse;
-  Floats input, w_ih, w_hh, b_ih, b_hh, h0;
+  Floats input, w_ih, w_hh;
+  Doubles b_ih, b_hh, h0;  // float values, until a difference is taken
   int64_t gates() const { return cell == RecurrentCell::gru ? 3 : 1; }
   int64_t steps() const { return static_cast<int64_t>(sizes.size()); }
 };
@@ -46,9 +49,12 @@ Layer make_layer(RecurrentCell cell, int64_t inputs, int64_t hidden, std::vector
   l.input = random(rows * inputs, 1);
   l.w_ih = random(columns * inputs, 1.5 / std::sqrt(inputs));
   l.w_hh = random(columns * hidden, 1.5 / std::sqrt(hidden));
-  l.b_ih = random(columns, 0.5);
-  l.b_hh = random(columns, 0.5);
-  l.h0 = random(l.sizes[0] * hidden, 1);
+  for (Doubles* bias : {&l.b_ih, &l.b_hh}) {
+    const Floats values = random(columns, 0.5);
+    bias->assign(values.begin(), values.end());
+  }
+  const Floats h0 = random(l.sizes[0] * hidden, 1);
+  l.h0.assign(h0.begin(), h0.end());
   return l;
 }
 
@@ -59,12 +65,13 @@ Floats packed(const Floats& source, int64_t k, int64_t n, int64_t gates) {
 }
 
 struct Result {
-  Floats output, h_n;
+  Floats output, h_n, gates;  // gates: where saved, and of a GRU
 };
 
-Result native(const Layer& l, int threads) {
+Result native(const Layer& l, int threads, bool save = false) {
   const int64_t H = l.hidden, rows = static_cast<int64_t>(l.input.size()) / l.inputs;
   const bool gru = l.cell == RecurrentCell::gru;
+  const Floats h0(l.h0.begin(), l.h0.end());
   Floats bias;
   for (int64_t j = 0; j < (gru ? 2 * H : H); ++j) bias.push_back(l.b_ih[j] + l.b_hh[j]);
   if (gru) {
@@ -75,15 +82,17 @@ Result native(const Layer& l, int threads) {
   const Floats w_ih = packed(l.w_ih, l.inputs, l.gates() * H, gates), w_hh = packed(l.w_hh, H, l.gates() * H, gates),
                b = packed(bias, 1, static_cast<int64_t>(bias.size()), gru ? 4 : 0);
   Floats scratch(fastlm::recurrent_forward_scratch(l.cell, rows, l.sizes[0], H), NAN);
-  Result r{Floats(rows * H, NAN), Floats(l.h0.size(), NAN)};
+  const int64_t lanes = fastlm::simd_lanes();
+  const int64_t saved = save && gru ? (H + lanes - 1) / lanes * rows * 4 * lanes : 0;
+  Result r{Floats(rows * H, NAN), Floats(h0.size(), NAN), Floats(saved, NAN)};
   fastlm::recurrent_forward({l.cell, l.steps(), l.sizes.data(), l.inputs, H, l.input.data(), false, w_ih.data(), w_hh.data(),
-                             b.data(), l.h0.data(), l.reverse, r.output.data(), r.h_n.data(), scratch.data(),
-                             threads});
+                             b.data(), h0.data(), l.reverse, r.output.data(), r.h_n.data(),
+                             r.gates.empty() ? nullptr : r.gates.data(), scratch.data(), threads});
   return r;
 }
 
 // Output [N, H] and h_n [B, H], one sequence of the batch after the other.
-void reference(const Layer& l, std::vector<double>& output, std::vector<double>& h_n) {
+void reference(const Layer& l, Doubles& output, Doubles& h_n) {
   const int64_t H = l.hidden, G = l.gates();
   output.assign(l.input.size() / l.inputs * H, NAN);
   h_n.clear();
@@ -92,9 +101,9 @@ void reference(const Layer& l, std::vector<double>& output, std::vector<double>&
     for (int64_t t = 0, begin = 0; t < l.steps(); begin += l.sizes[t++])
       if (b < l.sizes[t]) rows.push_back(begin + b);
     if (l.reverse) rows = std::vector<int64_t>(rows.rbegin(), rows.rend());
-    std::vector<double> h(l.h0.begin() + b * H, l.h0.begin() + (b + 1) * H);
+    Doubles h(l.h0.begin() + b * H, l.h0.begin() + (b + 1) * H);
     for (int64_t row : rows) {
-      std::vector<double> x(G * H), y(G * H), next(H);
+      Doubles x(G * H), y(G * H), next(H);
       for (int64_t j = 0; j < G * H; ++j) {
         x[j] = l.b_ih[j];
         y[j] = l.b_hh[j];
@@ -117,21 +126,100 @@ void reference(const Layer& l, std::vector<double>& output, std::vector<double>&
   }
 }
 
-bool close(const Floats& found, const std::vector<double>& expected) {
+bool close(const Floats& found, const Doubles& expected) {
   bool holds = found.size() == expected.size();
   for (size_t i = 0; holds && i < found.size(); ++i)
     holds = std::fabs(found[i] - expected[i]) <= 1e-5 * (1 + std::fabs(expected[i]));
   return holds;
 }
 
+struct Gradients {
+  Floats x, h, previous, h0;  // x: a GRU's
+};
+
+// Of the sum of output times grad_output and h_n times grad_h_n.
+Gradients native_gradients(const Layer& l, const Result& r, const Floats& grad_output, const Floats& grad_h_n,
+                           int threads) {
+  const int64_t H = l.hidden, columns = l.gates() * H, rows = static_cast<int64_t>(l.input.size()) / l.inputs;
+  const bool gru = l.cell == RecurrentCell::gru;
+  const Floats h0(l.h0.begin(), l.h0.end());
+  Floats w_hh(fastlm::packed_size(columns, H, 0), NAN);
+  fastlm::pack_panels({l.w_hh.data(), columns, H, H, 1, 0, w_hh.data(), 1});
+  Floats scratch(fastlm::recurrent_backward_scratch(l.sizes[0], H), NAN);
+  Gradients g{Floats(gru ? rows * columns : 0, NAN), Floats(rows * columns, NAN), Floats(rows * H, NAN),
+              Floats(h0.size(), NAN)};
+  fastlm::recurrent_backward({l.cell, l.steps(), l.sizes.data(), H, w_hh.data(), h0.data(), l.reverse, r.output.data(),
+                              gru ? r.gates.data() : nullptr, grad_output.data(), grad_h_n.data(),
+                              gru ? g.x.data() : nullptr, g.h.data(), g.previous.data(), g.h0.data(), scratch.data(),
+                              threads});
+  return g;
+}
+
+// The same by differences of the double-precision forward pass, with respect to one number of the layer.
+double difference(const Layer& l, double& number, const Floats& grad_output, const Floats& grad_h_n) {
+  constexpr double kStep = 1e-5;
+  const double before = number;
+  double sums[2] = {0, 0};
+  for (int side = 0; side < 2; ++side) {
+    number = before + (side ? kStep : -kStep);
+    Doubles output, h_n;
+    reference(l, output, h_n);
+    for (size_t i = 0; i < output.size(); ++i) sums[side] += output[i] * grad_output[i];
+    for (size_t i = 0; i < h_n.size(); ++i) sums[side] += h_n[i] * grad_h_n[i];
+  }
+  number = before;
+  return (sums[1] - sums[0]) / (2 * kStep);
+}
+
 }  // namespace
+
+FASTLM_TEST(recurrent_backward_agrees_with_differences) {
+  for (RecurrentCell cell : {RecurrentCell::gru, RecurrentCell::tanh, RecurrentCell::relu})
+    for (bool reverse : {false, true})
+      for (Layer l : {make_layer(cell, 1, 1, {1}, reverse), make_layer(cell, 5, 19, {4, 4, 2, 1}, reverse),
+                      make_layer(cell, 3, 65, {8, 7}, reverse)}) {
+        const int64_t H = l.hidden, columns = l.gates() * H, rows = static_cast<int64_t>(l.input.size()) / l.inputs;
+        Random random;
+        const Floats grad_output = random(rows * H, 1), grad_h_n = random(l.sizes[0] * H, 1);
+        const Result forward = native(l, 1, true);
+        CHECK(forward.output == native(l, 1).output);
+        const Gradients g = native_gradients(l, forward, grad_output, grad_h_n, 2);
+        const auto agrees = [&](double found, double& number) {
+          const double expected = difference(l, number, grad_output, grad_h_n);
+          return std::fabs(found - expected) <= 1e-4 * (1 + std::fabs(expected));
+        };
+        bool holds = true;
+        for (size_t i = 0; i < l.h0.size(); i += 3) holds &= agrees(g.h0[i], l.h0[i]);
+        for (int64_t j = 0; j < columns; j += 3) {
+          double of_x = 0, of_h = 0;
+          for (int64_t row = 0; row < rows; ++row) {
+            of_h += g.h[row * columns + j];
+            of_x += cell == RecurrentCell::gru ? g.x[row * columns + j] : g.h[row * columns + j];
+          }
+          holds &= agrees(of_x, l.b_ih[j]) && agrees(of_h, l.b_hh[j]);
+        }
+        CHECK(holds);
+        // h before each row's step: where a sequence goes on, what the row before it put out; else h0.
+        for (int64_t t = 0, begin = 0; t < l.steps(); begin += l.sizes[t++])
+          for (int64_t b = 0; b < l.sizes[t]; ++b) {
+            const int64_t other = reverse ? (t + 1 < l.steps() && b < l.sizes[t + 1] ? begin + l.sizes[t] + b : -1)
+                                          : (t > 0 ? begin - l.sizes[t - 1] + b : -1);
+            for (int64_t j = 0; j < H; ++j)
+              holds &= g.previous[(begin + b) * H + j] ==
+                       (other < 0 ? static_cast<float>(l.h0[b * H + j]) : forward.output[other * H + j]);
+          }
+        CHECK(holds);
+        const Gradients alone = native_gradients(l, forward, grad_output, grad_h_n, 1);
+        CHECK(alone.h == g.h && alone.h0 == g.h0 && alone.x == g.x);
+      }
+}
 
 FASTLM_TEST(recurrent_forward_agrees_with_the_formulas) {
   for (RecurrentCell cell : {RecurrentCell::gru, RecurrentCell::tanh, RecurrentCell::relu})
     for (bool reverse : {false, true})
       for (const Layer& l : {make_layer(cell, 1, 1, {1}, reverse), make_layer(cell, 5, 19, {4, 4, 2, 1}, reverse),
                              make_layer(cell, 140, 65, {3}, reverse), make_layer(cell, 9, 16, {60, 60, 60}, reverse)}) {
-        std::vector<double> output, h_n;
+        Doubles output, h_n;
         reference(l, output, h_n);
         const Result found = native(l, 2);
         CHECK(close(found.output, output));

@@ -18,6 +18,7 @@ __all__ = [
     "CPU",
     "CUDA",
     "NativeModule",
+    "empty",
     "num_threads",
     "recording",
     "recording_on_device",
@@ -90,6 +91,19 @@ class NativeModule:
 
 CPU = NativeModule("_native")
 CUDA = NativeModule("_cuda")
+
+_HUGE = 1 << 21  # bytes from which new memory asks for pages of this size
+
+
+def empty(*shape: int) -> torch.Tensor:
+    """float32 memory on the CPU for what a training step writes once: in huge pages where it is large.
+
+    Touching new memory costs a fault for each page of 4 KB, about as much as filling it.
+    """
+    found = torch.empty(shape)
+    if found.nbytes >= _HUGE:
+        CPU.require().use_huge_pages(found.data_ptr(), found.nbytes)
+    return found
 
 
 def _force_isa_from_environment() -> None:

@@ -34,7 +34,8 @@ def pack(matrix: Tensor, *, gates: int = 0) -> Tensor:
     module = native.CPU.require()
     k, n = matrix.shape
     bfloat = matrix.dtype is torch.bfloat16
-    packed = torch.empty(module.packed_size(k, n, gates, bfloat), dtype=matrix.dtype)
+    size = module.packed_size(k, n, gates, bfloat)
+    packed = torch.empty(size, dtype=matrix.dtype) if bfloat else native.empty(size)
     stride_k, stride_n = matrix.stride()
     addresses = matrix.data_ptr(), k, n, stride_k, stride_n, gates, packed.data_ptr()
     module.pack_panels(*addresses, native.num_threads(), bfloat)
@@ -100,8 +101,9 @@ def cached(kind: str, sources: Sequence[Tensor | None], make: Callable[..., T]) 
     marks = _marks(sources)  # before packing, in case another thread changes a source meanwhile
     spans = [(source.data_ptr(), source.nbytes // 4) for source in present if source.is_contiguous()]
     samples = native.CPU.require().Samples(spans)
-    value = make(*sources)
     key = (kind, *map(id, sources))
+    _entries.pop(key, None)  # its memory, whose pages are in place, is then what `make` is given
+    value = make(*sources)
 
     def forget(reference: weakref.ref[Tensor]) -> None:
         found = _entries.get(key)

@@ -15,19 +15,15 @@ from fastlm.ops.recurrent import (
     SequenceOp,
     check_cell,
     native_cell,
+    native_cell_why_not,
     native_sequence,
-    native_why_not,
+    native_sequence_why_not,
     torch_sequence,
 )
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import gru as reference
-from fastlm.reference.recurrent import States
 
 __all__ = ["gru", "gru_cell"]
-
-
-def _native_why_not(input: Tensor, states: States, weights: Sequence[Tensor], *_: Any) -> str | None:
-    return native_why_not(input, *states, *weights)
 
 
 class _CudaCell(autograd.Function):
@@ -61,7 +57,7 @@ GRU = SequenceOp(
     "gru",
     3,
     [
-        Implementation("cpu", native_sequence("gru"), _native_why_not),
+        Implementation("cpu", native_sequence("gru"), native_sequence_why_not),
         Implementation("torch", torch_sequence(_VF.gru), always),
         Implementation("reference", reference.gru, always),
     ],
@@ -70,7 +66,7 @@ GRU = SequenceOp(
 GRU_CELL = Op(
     "gru_cell",
     [
-        Implementation("cpu", native_cell("gru"), native_why_not),
+        Implementation("cpu", native_cell("gru"), native_cell_why_not),
         Implementation("torch", _VF.gru_cell, always),
         # After torch's, which is fused as well, until there are measurements on a GPU that put it first.
         Implementation("cuda", _CudaCell.apply, cuda.why_not),

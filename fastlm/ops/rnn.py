@@ -13,8 +13,9 @@ from fastlm.ops.recurrent import (
     SequenceOp,
     check_cell,
     native_cell,
+    native_cell_why_not,
     native_sequence,
-    native_why_not,
+    native_sequence_why_not,
     torch_sequence,
 )
 from fastlm.ops.registry import Implementation, Op, always
@@ -41,23 +42,19 @@ def _native_run(*args: Any) -> tuple[Tensor, States]:
     return _NATIVE_SEQUENCES[args[-1]](*args[:-1])
 
 
-def _native_run_why_not(input: Tensor, states: States, weights: Sequence[Tensor], *_: Any) -> str | None:
-    return native_why_not(input, *states, *weights)
-
-
 def _native_cell(*args: Any) -> Tensor:
     return _NATIVE_CELLS[args[-1]](*args[:-1])
 
 
 def _native_cell_why_not(*args: Any) -> str | None:
-    return native_why_not(*args[:-1])
+    return native_cell_why_not(*args[:-1])
 
 
 RNN = SequenceOp(
     "rnn",
     1,
     [
-        Implementation("cpu", _native_run, _native_run_why_not),
+        Implementation("cpu", _native_run, native_sequence_why_not),
         Implementation("torch", _torch_run, always),
         Implementation("reference", reference.rnn, always),
     ],

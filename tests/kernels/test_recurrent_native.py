@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(native.CPU.module is None, reason=str(native.CPU
 
 CELLS = ("gru", "tanh", "relu")
 RAGGED = [7, 7, 5, 2, 2, 1]
+NAMES = ("output", "h_n", "input", "h0", "w_ih", "w_hh", "b_ih", "b_hh")
+Results = dict[str, Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def _poisoned() -> Iterator[None]:
 
 
 class Case:
-    """One direction of a layer: torch's module, and random inputs."""
+    """One direction of a layer: torch's module, random inputs, and random gradients of the results."""
 
     def __init__(self, cell: str, inputs: int, hidden: int, sizes: list[int], *, reverse: bool, bias: bool = True):
         self.cell, self.sizes, self.reverse = cell, sizes, reverse
@@ -43,26 +45,42 @@ class Case:
             else torch.nn.RNN(inputs, hidden, nonlinearity=cell, **kwargs)
         ).requires_grad_(False)
         names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-        self.weights = [getattr(self.module, name + "_reverse" * reverse, None) for name in names]
+        self.names = [name + "_reverse" * reverse for name in names[: 4 if bias else 2]]
+        self.weights = [getattr(self.module, name) for name in self.names] + [None] * (4 - len(self.names))
         self.input, self.h0 = torch.randn(sum(sizes), inputs), torch.randn(sizes[0], hidden)
+        self.grads = torch.randn(sum(sizes), hidden), torch.randn(sizes[0], hidden)
 
-    def torch(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        module = copy.deepcopy(self.module).to(dtype)
-        h0 = torch.stack([self.h0.to(dtype)] * (1 + self.reverse))
-        output, h_n = module(PackedSequence(self.input.to(dtype), torch.tensor(self.sizes)), h0)
-        return output.data[:, -self.h0.shape[1] :], h_n[-1]
+    def torch(self, dtype: torch.dtype) -> Results:
+        """torch's results and gradients."""
+        module = copy.deepcopy(self.module).to(dtype).requires_grad_()
+        input, h0 = (t.to(dtype).requires_grad_() for t in (self.input, self.h0))
+        output, h_n = module(PackedSequence(input, torch.tensor(self.sizes)), torch.stack([h0] * (1 + self.reverse)))
+        results = output.data[:, -h0.shape[1] :], h_n[-1]
+        weights = [getattr(module, name) for name in self.names]
+        found = torch.autograd.grad(results, [input, h0, *weights], [g.to(dtype) for g in self.grads])
+        return dict(zip(NAMES, (*(r.detach() for r in results), *found), strict=False))
 
-    def native(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: slice = slice(None), save: bool = False) -> tuple[Tensor, Tensor, recurrent.Saved | None]:
         """Ours; with `rows`, of those sequences alone (batch sizes all equal)."""
-        if rows == slice(None):
-            return recurrent.layer_forward(self.cell, self.input, self.sizes, self.h0, self.weights, self.reverse)
-        input = self.input.view(len(self.sizes), self.sizes[0], -1)[:, rows].flatten(0, 1)
-        h0 = self.h0[rows]
-        return recurrent.layer_forward(self.cell, input, [len(h0)] * len(self.sizes), h0, self.weights, self.reverse)
+        input, h0, sizes = self.input, self.h0[rows], self.sizes
+        if rows != slice(None):
+            input = input.view(len(sizes), sizes[0], -1)[:, rows].flatten(0, 1)
+            sizes = [len(h0)] * len(sizes)
+        return recurrent.layer_forward(self.cell, input, sizes, h0, self.weights, self.reverse, save)
 
-    def check(self, found: tuple[Tensor, Tensor]) -> None:
-        for ours, peer, exact in zip(found, self.torch(torch.float32), self.torch(torch.float64), strict=True):
-            assert_close_to_reference(ours, peer, exact, floor=2e-6)
+    def native(self) -> Results:
+        """Our results and gradients."""
+        *results, saved = self.forward(save=True)
+        assert saved is not None
+        with_biases = (True,) * 4 + (len(self.names) == 4,) * 2
+        found = recurrent.layer_backward(saved, *self.grads, with_biases)
+        return {name: t for name, t in zip(NAMES, (*results, *found), strict=True) if t is not None}
+
+    def check(self, found: Results) -> None:
+        peer, exact = self.torch(torch.float32), self.torch(torch.float64)
+        assert found.keys() == exact.keys()
+        for name, ours in found.items():
+            assert_close_to_reference(ours, peer[name], exact[name], floor=2e-6)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -80,23 +98,27 @@ def test_agrees_with_torch(isa: str, cell: str, inputs: int, hidden: int, sizes:
 @pytest.mark.parametrize("cell", CELLS)
 def test_bits_depend_on_the_row_alone(isa: str, cell: str) -> None:
     case = Case(cell, 140, 200, [13] * 20, reverse=False)
-    output, h_n = case.native()
+    whole = case.native()
+    output, h_n = whole["output"], whole["h_n"]
     steps = output.view(20, 13, -1)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(case.native()[0], output), threads
+            again = case.native()
+            for name in ("output", "h_n", "h0"):
+                assert torch.equal(again[name], whole[name]), (threads, name)
+            assert torch.equal(case.forward()[0], output), threads
     finally:
         torch.set_num_threads(before)
     for rows in (slice(0, 1), slice(4, 6), slice(5, 12)):
-        part, last = case.native(rows)
+        part, last, _ = case.forward(rows)
         assert torch.equal(part, steps[:, rows].flatten(0, 1))
         assert torch.equal(last, h_n[rows])
     h = case.h0  # the same in pieces, single steps among them
     for low, high in pairwise([0, 1, 2, 9, 20]):
         piece = case.input.view(20, 13, -1)[low:high].flatten(0, 1)
-        part, h = recurrent.layer_forward(cell, piece, [13] * (high - low), h, case.weights, False)
+        part, h, _ = recurrent.layer_forward(cell, piece, [13] * (high - low), h, case.weights, False)
         assert torch.equal(part, steps[low:high].flatten(0, 1))
     assert torch.equal(h, h_n)
 
@@ -104,9 +126,9 @@ def test_bits_depend_on_the_row_alone(isa: str, cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_nan_stays_in_its_row(isa: str, cell: str) -> None:
     case = Case(cell, 8, 24, [4] * 5, reverse=False)
-    clean = case.native()[0].view(5, 4, -1)
+    clean = case.forward()[0].view(5, 4, -1)
     case.input[9] = float("nan")  # sequence 1, step 2
-    output = case.native()[0].view(5, 4, -1)
+    output = case.forward()[0].view(5, 4, -1)
     assert output[2:, 1].isnan().all()
     output[2:, 1] = clean[2:, 1]
     assert torch.equal(output, clean)
@@ -121,33 +143,82 @@ def test_reads_changed_weights(cell: str) -> None:
         case.check(case.native())
 
 
-def test_is_chosen_where_no_gradient_is_wanted() -> None:
+def test_is_chosen() -> None:
     for module in (fastlm.nn.GRU(6, 21), fastlm.nn.RNN(6, 21, nonlinearity="relu")):
         name, extra = ("gru", {}) if module.mode == "GRU" else ("rnn", {"nonlinearity": "relu"})
-        arguments = torch.randn(3, 2, 6), torch.randn(1, 2, 21), module._flat_weights
-        assert ops.explain(name, *arguments, **extra).chosen == "torch"
+        rest = torch.randn(1, 2, 21), module._flat_weights
+        assert ops.explain(name, torch.randn(4, 2, 6), *rest, **extra).chosen == "cpu"
+        explanation = ops.explain(name, torch.randn(3, 2, 6), *rest, **extra)
+        assert explanation.chosen == "torch"
+        assert "fewer than 4 steps" in dict(explanation.reasons)["cpu"]
         with torch.no_grad():
-            assert ops.explain(name, *arguments, **extra).chosen == "cpu"
+            assert ops.explain(name, torch.randn(3, 2, 6), *rest, **extra).chosen == "cpu"
             assert not module(torch.randn(3, 0, 6))[0].numel()
-        with ops.backend("cpu"), pytest.raises(NotImplementedError, match="a gradient is wanted"):
-            module(arguments[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_partial_needs_and_missing_gradients(isa: str, cell: str) -> None:
+    case = Case(cell, 12, 35, RAGGED, reverse=True)
+    saved = case.forward(save=True)[-1]
+    assert saved is not None
+    for present in range(2):
+        grads = [g if i == present else None for i, g in enumerate(case.grads)]
+        filled = [g if i == present else torch.zeros_like(g) for i, g in enumerate(case.grads)]
+        whole = recurrent.layer_backward(saved, *filled)
+        for needs in ((True,) * 6, (False, True, True, False, False, True)):
+            for found, want, needed in zip(recurrent.layer_backward(saved, *grads, needs), whole, needs, strict=True):
+                assert (found is not None) == needed
+                assert found is None or torch.equal(found, want)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_strided_arguments(isa: str, cell: str) -> None:
+    case = Case(cell, 12, 20, [3] * 4, reverse=False)
+    expected = case.native()
+    case.input, case.h0 = (t.t().contiguous().t() for t in (case.input, case.h0))
+    case.grads = case.grads[0].t().contiguous().t(), case.grads[1]
+    case.weights = [torch.stack([w] * 2, -1)[..., 0] for w in case.weights]
+    found = case.native()
+    for name in NAMES:
+        if name in ("output", "h_n", "h0"):
+            assert torch.equal(found[name], expected[name]), name
+        else:  # of torch's products, whose order of summation is torch's own
+            torch.testing.assert_close(found[name], expected[name], msg=name)
+
+
+def test_refuses_a_second_derivative() -> None:
+    for name, module in (("gru", fastlm.nn.GRU(6, 21)), ("rnn", fastlm.nn.RNN(6, 21))):
+        output, _ = module(torch.randn(4, 2, 6))
+        with pytest.raises(RuntimeError, match=f"^{name}: the native kernel has no second derivative"):
+            torch.autograd.grad(output.sum(), module.weight_ih_l0, create_graph=True)
 
 
 # Tests of the tests: what a faulty kernel would give, as seen by the comparison used above.
+def _swap(case: Case) -> None:
+    for weight in case.weights[:2]:  # r and z
+        weight.copy_(torch.cat([weight.chunk(3)[i] for i in (1, 0, 2)]))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_fault_is_noticed(cell: str) -> None:
     case = Case(cell, 11, 18, RAGGED, reverse=False)
-    output, h_n = case.native()
-    faults = [(torch.zeros_like(output), h_n), (output.roll(1, 0), h_n), (output, h_n.roll(1, 0))]
+    good = case.native()
+    case.check(good)
+    faults = [{**good, name: torch.zeros_like(good[name])} for name in NAMES]
+    faults += [{**good, name: good[name].roll(1, 0)} for name in NAMES]
     if cell == "gru":
-        for weight in case.weights[:2]:  # r and z swapped
-            weight.copy_(torch.cat([weight.chunk(3)[i] for i in (1, 0, 2)]))
+        _swap(case)
         faults.append(case.native())
-        for weight in case.weights[:2]:
-            weight.copy_(torch.cat([weight.chunk(3)[i] for i in (1, 0, 2)]))
-        w_ih, w_hh, b_ih, b_hh = case.weights  # n's two biases as one
-        merged = [w_ih, w_hh, b_ih + b_hh, torch.zeros_like(b_hh)]
-        faults.append(recurrent.layer_forward(cell, case.input, RAGGED, case.h0, merged, False))
+        _swap(case)
+        weights, (w_ih, w_hh, b_ih, b_hh) = case.weights, case.weights
+        case.weights = [w_ih, w_hh, b_ih + b_hh, torch.zeros_like(b_hh)]  # n's two biases as one
+        faults.append(case.native())
+        case.weights = weights
+        faults.append({**good, "b_hh": good["b_ih"]})  # r forgotten
+    grads = case.grads
+    case.grads = grads[0], torch.zeros_like(grads[1])  # the last state's gradient forgotten
+    faults.append(case.native())
+    case.grads = grads
     for fault in faults:
         with pytest.raises(AssertionError):
             case.check(fault)

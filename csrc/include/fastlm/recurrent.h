@@ -1,4 +1,4 @@
-// GRU and plain RNN: a layer over packed sequences, forward. A single step is a sequence of one.
+// GRU and plain RNN: a layer over packed sequences, forward and backward. A single step is a sequence of one.
 //
 //   GRU:         r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh), n = tanh(W_in x + b_in + r (W_hn h + b_hn)),
 //                h' = n + z (h - n); gate order r, z, n, as in torch. Cho et al., 2014, https://arxiv.org/abs/1406.1078
@@ -29,11 +29,34 @@ struct RecurrentForward {
   bool reverse;        // from the last step to the first
   float* output;       // [N, H] out
   float* h_n;          // [B, H] out: each row's state after its last step
+  float* gates;        // out, for a GRU's backward pass: r, z, n and W_hn h + b_hn, [H/L][N][4][L]; or null
   float* scratch;      // recurrent_forward_scratch(...) floats
   int threads;
 };
 void recurrent_forward(const RecurrentForward& args);
 // For N rows in all, B of them in the first step.
 int64_t recurrent_forward_scratch(RecurrentCell cell, int64_t rows, int64_t batch, int64_t hidden);
+
+struct RecurrentBackward {
+  RecurrentCell cell;
+  int64_t steps;
+  const int64_t* batch_sizes;
+  int64_t hidden;
+  const float* w_hh;  // [3H, H] or [H, H] packed as it is (k = rows, n = H), float
+  const float* h0;    // as in the forward pass, from here to gates
+  bool reverse;
+  const float* output;
+  const float* gates;        // of a GRU; else unused
+  const float* grad_output;  // [N, H] or null: zero
+  const float* grad_h_n;     // [B, H] or null
+  float* grad_x;             // [N, 3H] out: gradient of W_ih x + b_ih; unused but for a GRU, where it is not grad_h's
+  float* grad_h;             // [N, 3H] or [N, H] out: gradient of W_hh h + b_hh
+  float* previous;           // [N, H] out: h before each row's step, for the gradient of W_hh; or null
+  float* grad_h0;            // [B, H] out
+  float* scratch;            // recurrent_backward_scratch(...) floats
+  int threads;
+};
+void recurrent_backward(const RecurrentBackward& args);
+int64_t recurrent_backward_scratch(int64_t batch, int64_t hidden);
 
 }  // namespace fastlm

@@ -133,8 +133,8 @@ def layer_forward(
     gates = cells = unprojected = None
     if save:
         lanes = module.simd_lanes()
-        gates = input.new_empty(-(-hidden // lanes), rows, 4, lanes)
-        cells = input.new_empty(rows, hidden)
+        gates = native.empty(-(-hidden // lanes), rows, 4, lanes)
+        cells = native.empty(rows, hidden)
         unprojected = None if w_hr is None else torch.empty_like(cells)
     scratch = input.new_empty(module.lstm_forward_scratch(batch, hidden, outputs, w_hr is not None, save))
     module.lstm_forward(
@@ -194,9 +194,9 @@ def layer_backward(
     columns = cached("columns", (w_hh,), pack_columns)
     projection = None if w_hr is None else cached("columns", (w_hr,), pack_columns)
     grads = [None if grad is None else grad.contiguous() for grad in (grad_output, grad_h_n, grad_c_n)]
-    grad_gates = input.new_empty(rows, 4 * hidden)
-    grad_projected = None if w_hr is None else input.new_empty(rows, outputs)
-    previous = input.new_empty(rows, outputs) if needs[2] else None
+    grad_gates = native.empty(rows, 4 * hidden)
+    grad_projected = None if w_hr is None else native.empty(rows, outputs)
+    previous = native.empty(rows, outputs) if needs[2] else None
     grad_h0, grad_c0 = torch.empty_like(h0), torch.empty_like(c0)
     scratch = input.new_empty(module.lstm_backward_scratch(batch, hidden, outputs, w_hr is not None))
     module.lstm_backward(
@@ -227,16 +227,21 @@ def layer_backward(
     grad_bias = grad_gates.sum(0) if needs[3] or needs[4] else None
     return Gradients(
         grad_gates @ w_ih.detach().float() if needs[0] else None,
-        grad_gates.t() @ input.detach() if needs[1] else None,
-        None if previous is None else grad_gates.t() @ previous,
+        weight_gradient(grad_gates, input) if needs[1] else None,
+        None if previous is None else weight_gradient(grad_gates, previous),
         grad_bias if needs[3] else None,
         grad_bias.clone() if needs[4] and grad_bias is not None else None,
-        grad_projected.t() @ unprojected
+        weight_gradient(grad_projected, unprojected)
         if needs[5] and grad_projected is not None and unprojected is not None
         else None,
         grad_h0 if needs[6] else None,
         grad_c0 if needs[7] else None,
     )
+
+
+def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of a weight by which `rows` [N, K] were multiplied, given that of the product [N, M]: [M, K]."""
+    return torch.mm(grad.t(), rows.detach(), out=native.empty(grad.shape[1], rows.shape[1]))
 
 
 def cell(

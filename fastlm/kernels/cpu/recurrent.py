@@ -1,4 +1,4 @@
-"""The native GRU and plain RNN: one direction of one layer over a packed sequence, without gradients.
+"""The native GRU and plain RNN: one direction of one layer over a packed sequence, and its gradients.
 
 Packed sequences are those of `fastlm.kernels.cpu.lstm`. A row's result never depends on the other rows, on the steps
 taken in one call, or on the thread count. float32 on the CPU, but the weights may be bfloat16; tensors need not be
@@ -14,9 +14,20 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
+from fastlm.kernels.cpu.lstm import pack_columns, weight_gradient
 from fastlm.kernels.packing import cached, pack
 
-__all__ = ["layer_forward"]
+__all__ = ["Saved", "layer_backward", "layer_forward"]
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs. `tensors` can go through `ctx.save_for_backward`."""
+
+    tensors: tuple[Tensor | None, ...]
+    """input, w_ih, w_hh, h0, output, gates [panels, N, 4, lanes] of a GRU."""
+    cell: str
+    batch_sizes: Sequence[int]
+    reverse: bool
 
 
 class _Packed(NamedTuple):
@@ -43,7 +54,8 @@ def layer_forward(
     h0: Tensor,
     weights: Sequence[Tensor | None],
     reverse: bool,
-) -> tuple[Tensor, Tensor]:
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Saved | None]:
     """One direction of one layer over a packed sequence.
 
     Args:
@@ -53,9 +65,10 @@ def layer_forward(
         h0: [B, H], where B = batch_sizes[0].
         weights: w_ih [G*H, I], w_hh [G*H, H], b_ih and b_hh [G*H] or None; G is 3 for a GRU, else 1.
         reverse: walk from the last step to the first.
+        save: keep what `layer_backward` needs.
 
     Returns:
-        output [N, H], h_n [B, H].
+        output [N, H], h_n [B, H], and what to give to `layer_backward` (None without `save`).
 
     Raises:
         ValueError: `batch_sizes` is empty or not as above. Other shapes are the caller's to check.
@@ -66,6 +79,10 @@ def layer_forward(
     rows, inputs = input.shape
     batch, hidden = h0.shape
     output, h_n = input.new_empty(rows, hidden), torch.empty_like(h0)
+    gates = None
+    if save and cell == "gru":
+        lanes = module.simd_lanes()
+        gates = native.empty(-(-hidden // lanes), rows, 4, lanes)
     module.recurrent_forward(
         getattr(module.RecurrentCell, cell),
         batch_sizes,
@@ -82,6 +99,66 @@ def layer_forward(
         h0.data_ptr(),
         output.data_ptr(),
         h_n.data_ptr(),
+        _address(gates),
         native.num_threads(),
     )
-    return output, h_n
+    saved = Saved((input, *weights[:2], h0, output, gates), cell, batch_sizes, reverse) if save else None
+    return output, h_n, saved
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def layer_backward(
+    saved: Saved, grad_output: Tensor | None, grad_h_n: Tensor | None, needs: Sequence[bool] = (True,) * 6
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `layer_forward`, given those of output and h_n (None: zero). Deterministic.
+
+    Args:
+        saved: from `layer_forward`.
+        grad_output, grad_h_n: [N, H], [B, H].
+        needs: which of the results to compute, in their order.
+
+    Returns:
+        Those of input, h0, w_ih, w_hh, b_ih, b_hh, None where not needed.
+    """
+    module = native.CPU.require()
+    input, w_ih, w_hh, h0, output, gates = saved.tensors
+    assert input is not None and w_ih is not None and w_hh is not None and h0 is not None and output is not None
+    if gates is not None and gates.shape[-1] != module.simd_lanes():
+        raise RuntimeError(f"{saved.cell}: the instruction-set level has changed since the forward pass")
+    rows, (batch, hidden) = input.shape[0], h0.shape
+    grads = [None if grad is None else grad.contiguous() for grad in (grad_output, grad_h_n)]
+    of_h = native.empty(rows, w_hh.shape[0])
+    of_x = of_h if gates is None else torch.empty_like(of_h)
+    previous = native.empty(rows, hidden) if needs[3] else None
+    grad_h0 = torch.empty_like(h0)
+    columns = cached("columns", (w_hh,), pack_columns)
+    module.recurrent_backward(
+        getattr(module.RecurrentCell, saved.cell),
+        saved.batch_sizes,
+        rows,
+        batch,
+        hidden,
+        saved.reverse,
+        columns.data_ptr(),
+        h0.data_ptr(),
+        output.data_ptr(),
+        _address(gates),
+        _address(grads[0]),
+        _address(grads[1]),
+        of_x.data_ptr(),
+        of_h.data_ptr(),
+        _address(previous),
+        grad_h0.data_ptr(),
+        native.num_threads(),
+    )
+    return (
+        of_x @ w_ih.detach().float() if needs[0] else None,
+        grad_h0 if needs[1] else None,
+        weight_gradient(of_x, input) if needs[2] else None,
+        None if previous is None else weight_gradient(of_h, previous),
+        of_x.sum(0) if needs[4] else None,
+        of_h.sum(0) if needs[5] else None,
+    )
