@@ -10,7 +10,7 @@ from recurrent_suite import CellSuite, SequenceSuite
 @settings(max_examples=40, deadline=None)
 @given(case=any_case("gru"))
 def test_agrees_on_any_shape(case: Case) -> None:
-    compare(case, call, floor=1e-5)
+    compare(case, call, floor=1e-5, least=0.1)  # little is left of 1 - h^2 where tanh is saturated
 
 
 class TestGRU(SequenceSuite):

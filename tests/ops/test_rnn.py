@@ -15,7 +15,7 @@ from fastlm import ops
 @settings(max_examples=40, deadline=None)
 @given(case=any_case("rnn"))
 def test_agrees_on_any_shape(case: Case) -> None:
-    compare(case, call, floor=1e-5)
+    compare(case, call, floor=1e-5, least=0.1)  # little is left of 1 - h^2 where tanh is saturated
 
 
 class TestRNN(SequenceSuite):
