@@ -51,12 +51,15 @@ class KvDtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     int8 = "int8"
+    float8 = "float8_e4m3fn"
 
 
 KvOption = Annotated[
     KvDtype | None,
     typer.Option(
-        "--kv-dtype", help="Keep keys and values in this; int8 takes a quarter of float32's memory.", show_default=False
+        "--kv-dtype",
+        help="Keep keys and values in this; int8 takes a quarter of float32's memory, and float8_e4m3fn, for GPUs.",
+        show_default=False,
     ),
 ]
 

@@ -254,7 +254,8 @@ def load(
         compute: "fast" uses integer dot products on quantised weights where they pay; "exact" multiplies float32
             activations with dequantised weights.
         kv_dtype: what to keep keys and values in while generating: None for the model's dtype; torch.bfloat16 and
-            torch.int8 take half and about a quarter of float32's memory, and less time over a long context.
+            torch.int8 take half and about a quarter of float32's memory, and less time over a long context; so does
+            torch.float8_e4m3fn on a GPU, for a model of any dtype.
         draft: what guesses ahead (see `LanguageModel`): a path or name of another model of the same vocabulary, or a
             kind ("Q4_0", "Q8_0", ...) to which a copy of the model's own matrices is quantised.
 

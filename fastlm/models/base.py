@@ -18,6 +18,7 @@ from fastlm.nn.linear import Linear, QuantizedLinear
 from fastlm.nn.state import KVCache, RecurrentState, Rows
 from fastlm.ops.checks import describe
 from fastlm.ops.quantized import QuantizedTensor
+from fastlm.reference.kv_cache import kv_dtypes
 from fastlm.reference.linear import FEW_TOKENS
 
 __all__ = ["CausalLM", "ModelConfig", "State", "initialize"]
@@ -103,8 +104,9 @@ class CausalLM(nn.Module):
     def make_state(self, rows: int, max_length: int | None = None, *, kv_dtype: torch.dtype | None = None) -> State:
         """An empty state for `rows` sequences of up to `max_length` tokens (None: the context length).
 
-        `kv_dtype` is what a KV cache keeps keys and values in: None for the model's own dtype; a float32 model can have
-        bfloat16 or int8 (`ops.kv_append`), half and about a quarter of the memory.
+        `kv_dtype` is what a KV cache keeps keys and values in (`ops.kv_append`): None for the model's own dtype; a
+        float32 model can have bfloat16 or int8, half and about a quarter of the memory, and any model float8_e4m3fn, a
+        byte a number, for which GPUs have kernels and CPUs none of ours.
 
         Raises:
             ValueError: `max_length` exceeds the context length, or the model can't have such a cache.
@@ -119,7 +121,7 @@ class CausalLM(nn.Module):
         max_length = max_length or context
         if max_length is None or (context is not None and max_length > context):
             raise ValueError(f"max_length: {max_length} exceeds the model's context length of {context}")
-        kinds = (own, torch.bfloat16, torch.int8) if own is torch.float32 else (own,)
+        kinds = kv_dtypes(own)
         if kv_dtype is not None and kv_dtype not in kinds:
             names = ", ".join(str(kind) for kind in kinds)
             raise ValueError(f"kv_dtype: {kv_dtype} for a model that computes in {own}, expected one of {names}")

@@ -14,7 +14,7 @@ from fastlm.ops.checks import describe
 from fastlm.ops.library import autograd_by_reference, needs_grad, tracing, triton_kernel, triton_why_not
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import attention_decode as reference
-from fastlm.reference.kv_cache import kv_read, kv_width
+from fastlm.reference.kv_cache import kv_dtypes, kv_read, kv_width
 
 __all__ = ["attention_decode", "triton_cache_why_not"]
 
@@ -142,14 +142,13 @@ def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tenso
         raise ValueError(f"attention_decode: query is {describe(query)}, expected shape [B, H, T, D]")
     batch, heads, _, dim = shape
     kind = key_cache.dtype
-    dtypes = (dtype, torch.bfloat16, torch.int8) if dtype is torch.float32 else (dtype,)
     width = kv_width(dim, kind)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if (
             cache.shape != cache_shape
             or len(cache_shape) != 4
             or cache_shape[3] != width
-            or kind not in dtypes
+            or kind not in kv_dtypes(dtype)
             or cache.dtype != kind
         ):
             raise ValueError(
@@ -189,8 +188,8 @@ def attention_decode(
 
     Args:
         query: [B, H, T, D], the T newest tokens of each sequence, whose keys and values the cache already holds.
-        key_cache: [R, KVH, S, D], the query's dtype; for a float32 query also bfloat16, or int8 [R, KVH, S, D + 4] as
-            `kv_append` writes it. KVH divides H as in `attention`.
+        key_cache: [R, KVH, S, D], the query's dtype or float8_e4m3fn; for a float32 query also bfloat16, or int8
+            [R, KVH, S, D + 4] as `kv_append` writes it. KVH divides H as in `attention`.
         value_cache: like `key_cache`.
         lengths: int64 [B], tokens of each sequence including the T new ones: T <= lengths[b] <= S.
         rows: int64 [B], the cache row of each batch entry; 0, 1, 2, ... if None. A row may appear more than once.

@@ -11,6 +11,7 @@ from fastlm.ops.checks import describe
 from fastlm.ops.library import needs_grad, opaque_kernel_why_not, tracing
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import kv_cache as reference
+from fastlm.reference.kv_cache import kv_dtypes
 
 __all__ = ["kv_append", "offset"]
 
@@ -78,10 +79,7 @@ def _(source: Tensor, amount: int, out: Tensor, source_index: Tensor | None, out
 
 
 def _holds(keys: Tensor, values: Tensor, new: Tensor) -> bool:
-    kind = keys.dtype
-    return values.dtype == kind and (
-        new.dtype == kind or (new.dtype is torch.float32 and kind in (torch.bfloat16, torch.int8))
-    )
+    return keys.dtype == values.dtype and keys.dtype in kv_dtypes(new.dtype)
 
 
 def kv_append(
@@ -93,8 +91,8 @@ def kv_append(
         key_cache: [R, KVH, S, D]; value_cache alike.
             Of dtype int8 it is [R, KVH, S, D + 4]: D integers, then the four bytes of their float32 scale, which is the
             vector's largest magnitude / 127.
-        key: [B, KVH, T, D] of the cache's dtype, or float32, rounded to nearest, for a bfloat16 or int8 cache; value
-            alike.
+        key: [B, KVH, T, D] of the cache's dtype; or, rounded to nearest, float32 for a bfloat16 or int8 cache, and any
+            floating dtype for a float8_e4m3fn cache, in which what exceeds 448 becomes 448. value alike.
         starts: int64 [B], contiguous: the position of each sequence's first new token, starts[b] + T <= S.
         rows: int64 [B], contiguous, all different: the cache row of each batch entry; 0, 1, 2, ... if None.
 
@@ -111,7 +109,7 @@ def kv_append(
         ):
             raise ValueError(
                 f"kv_append: {name} is {describe(new)}, its cache {describe(cache)}; expected one dtype "
-                "(or float32 for bfloat16 and int8), [B, KVH, T, D] and [R, KVH, S, D], the same for keys and values"
+                "(or a smaller one of the cache), [B, KVH, T, D] and [R, KVH, S, D], the same for keys and values"
             )
     if (shape[1], reference.kv_width(shape[3], key_cache.dtype)) != (cache_shape[1], cache_shape[3]):
         raise ValueError(f"kv_append: key is {describe(key)}, which does not fit a cache of {list(cache_shape)}")

@@ -1,7 +1,10 @@
 """What a key-value cache holds, writing to it, and the integers that say where.
 
-A cache has the dtype of its keys and values, bfloat16 or int8. In int8 a key of D features takes D + 4 elements: the
-integers round(x / scale) of -127 to 127 and the four bytes of their float32 scale, the largest magnitude / 127.
+A cache has the dtype of its keys and values, bfloat16, int8 or float8_e4m3fn. In int8 a key of D features takes D + 4
+elements: the integers round(x / scale) of -127 to 127 and the four bytes of their float32 scale, which is the largest
+magnitude / 127. In float8 (Micikevicius et al., 2022, https://arxiv.org/abs/2209.05433) there is no scale, for each
+number has an exponent of its own: they are rounded to 4 significant bits, to multiples of 2^-9 below 2^-6, and cut off
+at 448.
 """
 
 from __future__ import annotations
@@ -9,11 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["KV_SCALE_BYTES", "kv_append", "kv_read", "kv_width", "offset"]
+__all__ = ["KV_SCALE_BYTES", "kv_append", "kv_dtypes", "kv_read", "kv_width", "offset"]
 
 KV_SCALE_BYTES = 4
 _SMALLEST = 1e-30
 """A largest magnitude below it counts as 0, so that its reciprocal is finite."""
+
+
+def kv_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What keys and values of this dtype may be kept in, their own first."""
+    smaller = (torch.bfloat16, torch.int8) if dtype is torch.float32 else ()
+    return (dtype, *smaller, torch.float8_e4m3fn)
 
 
 def kv_width(head_dim: int, dtype: torch.dtype) -> int:
@@ -31,6 +40,9 @@ def kv_read(cache: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _kv_write(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x [..., D] as a cache of this dtype holds it: [..., kv_width(D)]."""
+    if dtype is torch.float8_e4m3fn:
+        limit = torch.finfo(dtype).max
+        return x.clamp(-limit, limit).to(dtype)  # torch's conversion alone makes NaN of what is larger
     if dtype is not torch.int8:
         return x.to(dtype)
     x = x.float()
@@ -47,8 +59,13 @@ def kv_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: 
     batch, _, tokens, _ = key.shape
     row = (torch.arange(batch, device=starts.device) if rows is None else rows)[:, None]
     place = starts[:, None] + torch.arange(tokens, device=starts.device)
-    keys[row, :, place] = _kv_write(key, keys.dtype).transpose(1, 2)
-    values[row, :, place] = _kv_write(value, values.dtype).transpose(1, 2)
+    for cache, new in ((keys, key), (values, value)):
+        _stored(cache)[row, :, place] = _stored(_kv_write(new, cache.dtype)).transpose(1, 2)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """As bytes where it is float8, which not every device can index."""
+    return tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor
 
 
 def offset(

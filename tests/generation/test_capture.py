@@ -71,6 +71,14 @@ def test_a_cache_of_fewer_bytes_is_replayed(kv_dtype: torch.dtype) -> None:
     assert got != _run(model, PROMPTS, 7, True, **{**options, "kv_dtype": None})[0]
 
 
+def test_a_float8_cache_decodes_step_by_step_on_a_cpu() -> None:
+    model, options = spread(llama), {"max_new_tokens": 20, "temperature": 0.8, "kv_dtype": torch.float8_e4m3fn}
+    want, _ = _run(model, PROMPTS, 1, False, **options)
+    got, decoder = _run(model, PROMPTS, 7, True, **options)
+    assert got == want and "has no native kernel" in str(decoder.why_not_captured)
+    assert got != _run(model, PROMPTS, 7, True, **{**options, "kv_dtype": None})[0]
+
+
 def test_a_cache_that_the_model_cannot_have_is_refused() -> None:
     with pytest.raises(ValueError, match=r"kv_dtype: torch\.float16 for a model that computes in torch\.float32"):
         Decoder(spread(llama), PROMPTS, SamplingParams(), kv_dtype=torch.float16)

@@ -97,15 +97,16 @@ def test_knows_paris(fast: LanguageModel) -> None:
 
 
 @torch.inference_mode()
-def test_an_int8_cache_costs_little(fast: LanguageModel) -> None:
+def test_a_cache_of_few_bytes_costs_little(fast: LanguageModel) -> None:
     # 512 tokens in steps of 16, each of which reads what the cache holds of all before it.
     ids = torch.tensor([fast.encode(__doc__ + Path(__file__).read_text())[:512]])
     found = []
-    for kv_dtype in (None, torch.bfloat16, torch.int8):
+    for kv_dtype in (None, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
         state = fast.model.make_state(1, 512, kv_dtype=kv_dtype)
         found.append(torch.cat([fast.model(ids[:, i : i + 16], state) for i in range(0, 512, 16)], dim=1))
     assert 0 < mean_kl(found[0], found[1]) < 3e-4
     assert 0 < mean_kl(found[0], found[2]) < 3e-3
+    assert 0 < mean_kl(found[0], found[3]) < 3e-2
 
 
 def test_batch_and_stream_agree(fast: LanguageModel) -> None:

@@ -130,7 +130,9 @@ def test_recurrent_state_cuts_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("counts", [[40, 1, 1], [5, 30, 1]])
-@pytest.mark.parametrize(("dtype", "bytes_per_feature"), [(torch.bfloat16, 2), (torch.int8, 1.25)])
+@pytest.mark.parametrize(
+    ("dtype", "bytes_per_feature"), [(torch.bfloat16, 2), (torch.int8, 1.25), (torch.float8_e4m3fn, 1)]
+)
 def test_a_smaller_cache_attends_to_rounded_keys_and_values(
     dtype: torch.dtype, bytes_per_feature: float, counts: list[int]
 ) -> None:

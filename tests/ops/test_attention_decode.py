@@ -320,7 +320,7 @@ def test_compiles_in_one_graph() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 def test_a_cache_of_few_bytes_is_read_as_the_floats_it_stands_for(
     isa: str, dtype: torch.dtype, window: int | None
 ) -> None:
@@ -330,7 +330,7 @@ def test_a_cache_of_few_bytes_is_read_as_the_floats_it_stands_for(
         if dtype is torch.int8:  # 255 everywhere: scales that are NaN, next to integers of -1
             caches = [torch.full((3, 2, 300, width), -1, dtype=dtype) for _ in range(2)]
         else:
-            caches = [torch.full((3, 2, 300, width), torch.nan, dtype=dtype) for _ in range(2)]
+            caches = [torch.full((3, 2, 300, width), torch.nan).to(dtype) for _ in range(2)]
         for row, length in enumerate(lengths.tolist()):
             new = torch.randn(2, 1, 2, length, dim) * torch.rand(2, 1, 2, length, 1)
             ops.kv_append(*caches, *new, torch.tensor([0]), rows=torch.tensor([row]))

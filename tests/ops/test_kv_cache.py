@@ -147,6 +147,24 @@ def test_an_int8_cache_holds_rounded_numbers_and_their_scale(isa: str) -> None:
     assert not ((held - new).abs() <= step * 0.25)[:, :, 5:].all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_float8_cache_rounds_to_nearest_and_cuts_off(dtype: torch.dtype) -> None:
+    new = (torch.randn(1, 2, 60, 8) * torch.logspace(-4, 4, 60)[:, None]).to(dtype)
+    new[0, 0, 0] = torch.tensor([448.0, 449.0, -1e4, torch.inf, -torch.inf, torch.nan, 2**-9, 2**-11])
+    keys, values = (torch.zeros(1, 2, 60, 8).to(torch.float8_e4m3fn) for _ in range(2))
+    ops.kv_append(keys, values, new, new.flip(2), torch.tensor([0]))
+    assert torch.equal(values.view(torch.uint8), keys.flip(2).view(torch.uint8))
+    held, limit = kv_read(keys, torch.float64), 448.0
+    wanted = torch.tensor([limit, limit, -limit, limit, -limit, torch.nan, 2**-9, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(held[0, 0, 0], wanted, rtol=0, atol=0, equal_nan=True)
+    # Every number of the format: the nearest is what has to be found.
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    every = every[every.isfinite()]
+    exact = new[0, 1].double()
+    nearest = (exact[..., None] - every).abs().amin(-1)
+    assert torch.equal((exact - held[0, 1]).abs(), nearest)
+
+
 def test_an_int8_cache_needs_room_for_its_scales() -> None:
     cache, new = torch.zeros(1, 1, 4, 8, dtype=torch.int8), torch.zeros(1, 1, 1, 8)
     with pytest.raises(ValueError, match="does not fit a cache"):

@@ -37,9 +37,8 @@ def _float8(codes):
     bits = codes.to(tl.int32)
     magnitude = bits & 0x7F
     # As float32 the same exponent counts from another bias; the product is exact, for subnormals too.
-    value = (magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^(127 - 7)
-    value = tl.where(magnitude == 0x7F, float("nan"), value)
-    return tl.where(bits >= 0x80, -value, value)
+    value = ((bits & 0x80) << 24 | magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^(127 - 7)
+    return tl.where(magnitude == 0x7F, float("nan"), value)
 
 
 @triton.jit

@@ -19,8 +19,9 @@ def shipped() -> Iterator[Shipped]:
         yield _shipped(dtype, dim, "rows", "")
     for dim in (64, 128):
         yield _shipped("bf16", dim, "pages", "")
-        yield _shipped("bf16", dim, "pages", "native", targets=("sm_90", "sm_100"))
-        yield _shipped("bf16", dim, "pages", "bits", targets=("sm_80", "sm_86", "gfx942"))
+        for cache in ("rows", "pages"):
+            yield _shipped("bf16", dim, cache, "native", targets=("sm_90", "sm_100"))
+            yield _shipped("bf16", dim, cache, "bits", targets=("sm_80", "sm_86", "gfx942"))
         yield _shipped("bf16", dim, "rows", "", tokens=16, options=True)
     yield _shipped("fp32", 256, "rows", "", tokens=16, options=True)
     for dtype, dim, chunks in (("bf16", 64, 8), ("bf16", 128, 64), ("fp32", 256, 64)):
