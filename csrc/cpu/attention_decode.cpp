@@ -21,7 +21,8 @@ namespace FASTLM_ISA {
 static constexpr int kNarrow = 64, kWide = 256, kNarrows = 16;
 static constexpr int kTogether = 4;      // queries that share one reading of a key or value
 static constexpr int64_t kTokens = 32;   // new tokens per pass: bounds the scratch
-static constexpr int64_t kBytesPerThread = 128 << 10;  // less work than this does not pay for waking a thread
+// Less work than this for each does not pay for a second thread that has to be woken, or for one of a team, awake already.
+static constexpr int64_t kBytesPerThread = 128 << 10, kBytesPerTeammate = 8 << 10;
 static constexpr int kMaxDim = kAttentionDecodeMaxDim;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -270,6 +271,16 @@ static void attend(const AttentionDecode& a, const Query* queries, int64_t base,
   for (int q = 0; q < Q; ++q) std::memcpy(partials[q], sums[q], sizeof(float) * a.dim);
 }
 
+// In a replay a layer's weights have passed since the cache was last read, and pushed it far out: its lines are asked
+// for at once, not one after another as they are needed.
+template <class T>
+static void fetch(Rows<T> keys, Rows<T> values, int64_t from, int64_t to, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (const Rows<T>& rows : {keys, values})
+    for (int64_t j = from; j < to; ++j)
+      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(rows.row(j) + d, 0, 2);
+}
+
 template <class T>
 static void run_task(const Pass& pass, int64_t b, int64_t kv_head, int64_t chunk) {
   const AttentionDecode& a = *pass.a;
@@ -280,6 +291,10 @@ static void run_task(const Pass& pass, int64_t b, int64_t kv_head, int64_t chunk
     return Rows<T>{static_cast<const T*>(cache) + row * stride[0] + kv_head * stride[1] + base * stride[2], stride[2]};
   };
   const Rows<T> keys = rows(a.key, a.key_stride), values = rows(a.value, a.value_stride);
+  if (current_team() != nullptr) {
+    const Visible oldest = visible(a, b, pass.first), newest = visible(a, b, pass.first + pass.tokens - 1);
+    fetch(keys, values, larger(oldest.low, base) - base, smaller(newest.high, end) - base, a.dim);
+  }
   alignas(64) float vectors[kTogether][kMaxDim];
   Query queries[kTogether];
   float* partials[kTogether];
@@ -354,7 +369,7 @@ void attention_decode(const AttentionDecode& a) {
       for (int64_t b = 0; b < a.batch; ++b)
         keys += visible(a, b, first + pass.tokens - 1).high - visible(a, b, first).low;
       const int64_t bytes = keys * a.kv_heads * a.dim * 2 * static_cast<int64_t>(sizeof(float));  // of work, not memory
-      return larger(1, smaller(a.threads, bytes / kBytesPerThread));
+      return larger(1, smaller(a.threads, bytes / (current_team() ? kBytesPerTeammate : kBytesPerThread)));
     });
     parallel(static_cast<int>(wanted), [&](int thread, int threads, Barrier& barrier) {
       const Pass pass = make_pass(a, first);
