@@ -47,7 +47,7 @@ _SUITES: dict[str, tuple[str, ...]] = {
         "dropin",
         "training_memory",
     ),
-    "gpu": ("gpu_attention", "gpu_attention_decode", "gpu_recurrent", "gpu_fused", "gpu_generate"),
+    "gpu": ("gpu_attention", "gpu_attention_decode", "gpu_recurrent", "gpu_sampling", "gpu_fused", "gpu_generate"),
 }
 _LONG = {"cpu": ("compiled", "nanogpt")}
 _PEERS = {"gpu": ("triton", "flash-attn", "flashinfer-python", "liger-kernel")}

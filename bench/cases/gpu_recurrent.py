@@ -1,26 +1,50 @@
-"""LSTMs on a GPU against cuDNN's: one step, and sequences forward and with backward. float32."""
+"""LSTMs on a GPU, float32: one step and sequences against cuDNN's; what cuDNN lacks against the loop in PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastlm
 from bench.case import Case
+from bench.cases import lstm, lstm_variants
 from bench.gpu import live
 
 __all__ = ["cases"]
 
+_VARIANT_SHAPES = ((1, 128, 512), (32, 128, 512), (32, 128, 1024))
 _SHAPES = ((1, 1, 512), (1, 1, 1024), (16, 1, 1024), (1, 128, 512), (32, 128, 512), (32, 128, 1024))
 
 
 def cases(device: str = "cuda", small: bool = False) -> Iterator[Case]:
-    """(batch, steps, width): single steps, then sequences."""
+    """(batch, steps, width): single steps, then sequences, then variants."""
     for batch, steps, width in ((2, 1, 16), (2, 5, 16)) if small else _SHAPES:
         for backward in (False,) if steps == 1 else (False, True):
             yield _case(batch, steps, width, backward, device)
+    for batch, steps, width in ((2, 5, 16),) if small else _VARIANT_SHAPES:
+        for name, options in lstm_variants.VARIANTS.items():
+            yield _variant(name, options, batch, steps, width, device)
+
+
+def _variant(name: str, options: dict[str, Any], batch: int, steps: int, width: int, device: str) -> Case:
+    torch.manual_seed(0)
+    module = fastlm.nn.LSTM(width, width, **options).to(device)
+    x = torch.randn(steps, batch, width, device=device)
+    elements = sum(p.numel() for p in module.parameters())
+    return Case(
+        name="LSTM variant, float32, forward+backward",
+        shape=f"batch {batch}, {steps} steps, width {width}, {name}",
+        peer_name="the loop in PyTorch",
+        gate=lambda: lstm_variants.gate(module, x),
+        ours=lambda: lstm.train(module, x, None),
+        peer=lambda: lstm_variants.loop(module, x, None),
+        moved=4.0 * elements,
+        flops=6.0 * elements * batch * steps,
+        device=device,
+    )
 
 
 def _case(batch: int, steps: int, width: int, backward: bool, device: str) -> Case:

@@ -13,9 +13,9 @@ from bench.case import Case, require
 from bench.cases.lstm import infer, train
 from fastlm import nn, ops
 
-__all__ = ["cases"]
+__all__ = ["VARIANTS", "cases", "gate", "loop"]
 
-_VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "layer_norm": {"layer_norm": True},
     "recurrent_dropout": {"recurrent_dropout": 0.3},
     "zoneout": {"zoneout": 0.1},
@@ -25,7 +25,7 @@ _SHAPES = ((1, 128, 512), (8, 128, 512), (32, 128, 256))  # B, T, I = H
 _BFLOAT_SHAPES = ((1, 1, 512), (1, 1, 1024), (1, 128, 512), (4, 64, 512))
 
 
-def _loop(module: nn.LSTM, input: Tensor, lengths: None) -> list[Tensor]:
+def loop(module: nn.LSTM, input: Tensor, lengths: None) -> list[Tensor]:
     """What one writes in PyTorch today: the same steps as PyTorch operations, one after the other."""
     with ops.backend("reference"):
         return train(module, input, lengths)
@@ -37,9 +37,9 @@ def _agree(found: list[Tensor], want: list[Tensor], bound: float) -> None:
         require(bool(error <= bound * b.double().abs().max()), f"LSTM variant: result {position} is wrong")
 
 
-def _gate(module: nn.LSTM, input: Tensor) -> None:
+def gate(module: nn.LSTM, input: Tensor) -> None:
     torch.manual_seed(1)
-    want = _loop(module, input, None)
+    want = loop(module, input, None)
     torch.manual_seed(1)  # the same noise
     _agree(train(module, input, None), want, 1e-3)
 
@@ -53,17 +53,17 @@ def _variants() -> Iterator[Case]:
         torch.manual_seed(0)
         input = torch.randn(steps, batch, size)
         plain = nn.LSTM(size, size)
-        for name, options in _VARIANTS.items():
+        for name, options in VARIANTS.items():
             module = nn.LSTM(size, size, **options)
             shape = f"B {batch}, T {steps}, I {size}, H {size}, {name}"
-            peers = {"the loop in PyTorch": partial(_loop, module, input, None)}
+            peers = {"the loop in PyTorch": partial(loop, module, input, None)}
             peers["fastlm.nn.LSTM without"] = partial(train, plain, input, None)
             for peer_name, peer in peers.items():
                 yield Case(
                     name="LSTM variant forward+backward",
                     shape=shape,
                     peer_name=peer_name,
-                    gate=partial(_gate, module, input),
+                    gate=partial(gate, module, input),
                     ours=partial(train, module, input, None),
                     peer=peer,
                 )

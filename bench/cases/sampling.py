@@ -12,9 +12,9 @@ from torch import Tensor
 from bench.case import Case, require
 from fastlm import ops
 
-__all__ = ["cases"]
+__all__ = ["SETTINGS", "cases", "draw", "transformers"]
 
-_SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "temperature 0.8": {"temperature": 0.8},
     "top-k 50": {"temperature": 0.8, "top_k": 50},
     "top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
@@ -22,7 +22,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def _transformers(settings: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+def transformers(settings: dict[str, Any], device: str = "cpu") -> Callable[[Tensor], Tensor]:
+    """The distribution after transformers' processors, as a function of logits [B, V]."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     processors = LogitsProcessorList([TemperatureLogitsWarper(settings["temperature"])])
@@ -30,7 +31,7 @@ def _transformers(settings: dict[str, Any]) -> Callable[[Tensor], Tensor]:
         processors.append(TopKLogitsWarper(settings["top_k"]))
     if "top_p" in settings:
         processors.append(TopPLogitsWarper(settings["top_p"]))
-    ids = torch.zeros(1, 1, dtype=torch.int64)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
 
     def distribution(logits: Tensor) -> Tensor:
         return processors(ids.expand(logits.shape[0], 1), logits).softmax(dim=-1)
@@ -38,7 +39,8 @@ def _transformers(settings: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     return distribution
 
 
-def _draw(distribution: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+def draw(distribution: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """A token for each row, [B, 1]."""
     return torch.multinomial(distribution(logits), 1)
 
 
@@ -47,8 +49,8 @@ def cases() -> Iterator[Case]:
     for vocab, batch in ((50_257, 1), (50_257, 8), (128_256, 1)):
         torch.manual_seed(0)
         logits = torch.randn(batch, vocab) * 2.5
-        for name, settings in _SETTINGS.items():
-            distribution = _transformers(settings)
+        for name, settings in SETTINGS.items():
+            distribution = transformers(settings)
 
             @cache
             def gate(logits=logits, settings=settings, distribution=distribution) -> None:  # type: ignore[no-untyped-def]
@@ -70,12 +72,12 @@ def cases() -> Iterator[Case]:
                 require(abs(score) < 4.5, f"draws do not follow the distribution ({score:.1f} standard errors)")
 
             ours = partial(ops.sample, logits, **settings, seed=1)
-            transformers = partial(_draw, distribution, logits)
+            theirs = partial(draw, distribution, logits)
             # Not a sampler: what reading the logits once costs. Sampling should stay within three times that. NumPy's,
             # since torch's reductions wake a second thread for microseconds of work.
             read = partial(logits.numpy().max, -1)
             for peer_name, peer, goal in (
-                ("transformers + multinomial", transformers, 20.0),
+                ("transformers + multinomial", theirs, 20.0),
                 ("one read (numpy max)", read, 1 / 3),
             ):
                 yield Case(
