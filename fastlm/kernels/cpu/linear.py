@@ -18,8 +18,8 @@ __all__ = ["dequantize_rows", "interleave", "linear"]
 CPU = torch.device("cpu")  # buffers are here whatever torch's default device and dtype are
 
 ARENA = 32 << 20
-"""Bytes that interleaved weights are allocated in, so that even small ones lie in huge pages (2.95 ms for all products
-of SmolLM2 at Q4_1 became 2.4)."""
+"""Bytes that interleaved weights are allocated in, so that even small ones lie in huge pages: these are read 1.2 to 1.5
+times as fast as small ones."""
 
 _arena = torch.empty(0, dtype=torch.uint8, device=CPU)
 
@@ -29,10 +29,13 @@ def _aligned(size: int) -> Tensor:
     global _arena
     size += -size % 64
     if size > len(_arena):
-        memory = mmap.mmap(-1, max(size, ARENA))
         if hasattr(mmap, "MADV_HUGEPAGE"):
+            # Private: what mmap shares, as it does by default, is of another kind, which seldom has huge pages.
+            memory = mmap.mmap(-1, max(size, ARENA), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError):  # a kernel without them
                 memory.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            memory = mmap.mmap(-1, max(size, ARENA))
         _arena = torch.frombuffer(memory, dtype=torch.uint8)
     taken, _arena = _arena[:size], _arena[size:]
     return taken
