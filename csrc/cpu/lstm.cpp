@@ -150,13 +150,12 @@ class Backward {
     copy_columns(outputs, batch, a.outputs, a.grad_h_n, a.outputs, carry_, stride_);
     copy_columns(hidden, batch, a.hidden, a.grad_c_n, a.hidden, a.grad_c0, a.hidden);
     for (Walk step(a.batch_sizes, a.steps, total_, !a.reverse); !step.done(); step.advance()) {
-      const float* grad_output = a.grad_output == nullptr ? nullptr : a.grad_output + step.begin * a.outputs;
-      for (int64_t p = outputs.begin; p < outputs.end; ++p) {
-        add_output(step, p, grad_output);
-        if (a.previous != nullptr) save_previous(step, p);
+      if (a.w_hr != nullptr) {
+        for (int64_t p = outputs.begin; p < outputs.end; ++p) output_panel(step, p);
+        barrier.wait();
+        for (int64_t p = hidden.begin; p < hidden.end; ++p) full_panel(step, p);
       }
-      if (a.w_hr != nullptr) barrier.wait();
-      for (int64_t p = hidden.begin; p < hidden.end; ++p) gates_panel(step, p);
+      gates(step, hidden);
       barrier.wait();
       sweep(outputs, back, [&](int64_t p) {
         zero_panel(carry_ + p * kPanel, step.rows(), stride_);
@@ -172,44 +171,48 @@ class Backward {
     return columns - p * kPanel < kPanel ? columns - p * kPanel : kPanel;
   }
 
-  // dh = what is carried + the output's own; with a projection also kept for the gradient of W_hr.
-  void add_output(const Walk& step, int64_t p, const float* grad_output) {
+  // With a projection: dh = what is carried + the output's own, kept for the gradient of W_hr; and h before the step.
+  void output_panel(const Walk& step, int64_t p) {
     const int64_t at = p * kPanel, n = columns_in(p, a.outputs);
+    const Rows before = backward_state(step, a.output, a.h0, a.outputs);
     for (int64_t i = 0; i < step.rows(); ++i) {
+      const int64_t place = (step.begin + i) * a.outputs + at;
       float* carry = carry_ + i * stride_ + at;
-      if (grad_output != nullptr)
-        for (int64_t j = 0; j < n; ++j) carry[j] += grad_output[i * a.outputs + at + j];
-      if (a.w_hr != nullptr)
-        std::memcpy(a.grad_projected + (step.begin + i) * a.outputs + at, carry, n * sizeof(float));
+      if (a.grad_output != nullptr)
+        for (int64_t j = 0; j < n; ++j) carry[j] += a.grad_output[place + j];
+      std::memcpy(a.grad_projected + place, carry, n * sizeof(float));
+      if (a.previous != nullptr) std::memcpy(a.previous + place, before[i] + at, n * sizeof(float));
     }
   }
 
-  void save_previous(const Walk& step, int64_t p) {
-    const int64_t at = p * kPanel, n = columns_in(p, a.outputs);
-    const Rows h = backward_state(step, a.output, a.h0, a.outputs);
-    for (int64_t i = 0; i < step.rows(); ++i)
-      std::memcpy(a.previous + (step.begin + i) * a.outputs + at, h[i] + at, n * sizeof(float));
+  void full_panel(const Walk& step, int64_t p) {
+    zero_panel(full_ + p * kPanel, step.rows(), full_stride_);
+    panel_product({a.grad_projected + step.begin * a.outputs, nullptr, step.rows(), a.outputs}, step.rows(),
+                  a.w_hr + p * a.outputs * kPanel, a.outputs, full_ + p * kPanel, full_stride_);
   }
 
-  void gates_panel(const Walk& step, int64_t p) {
-    const float* grad_h = carry_;
-    int64_t stride = stride_;
-    if (a.w_hr != nullptr) {
-      zero_panel(full_ + p * kPanel, step.rows(), full_stride_);
-      panel_product({a.grad_projected + step.begin * a.outputs, nullptr, step.rows(), a.outputs}, step.rows(),
-                    a.w_hr + p * a.outputs * kPanel, a.outputs, full_ + p * kPanel, full_stride_);
-      grad_h = full_;
-      stride = full_stride_;
-    }
+  // One row after the other, of all own units: some KB of each array in one piece. Unit by unit the rows' places, a
+  // multiple of 4 KB apart, drive each other out of the level-1 cache.
+  void gates(const Walk& step, Range own) {
+    const bool project = a.w_hr != nullptr;
+    const float* const grad_h = project ? full_ : carry_;
+    const int64_t stride = project ? full_stride_ : stride_, high = own.end * kPanel;
+    // Without a projection, what output_panel does is done here, on the way.
+    const float* const grad_output = project ? nullptr : a.grad_output;
+    float* const previous = project ? nullptr : a.previous;
     const Rows c_before = backward_state(step, a.cells, a.c0, a.hidden);
-    for (int64_t at = p * kPanel; at < (p + 1) * kPanel && at < a.hidden; at += kLanes) {
-      const int n = lanes_left(a.hidden, at);
-      const float* gates = a.gates + (at / kLanes * total_ + step.begin) * kPanel;
-      for (int64_t i = 0; i < step.rows(); ++i) {
-        const int64_t row = step.begin + i;
-        differentiate(gates + i * kPanel, load_lanes(grad_h + i * stride + at, n),
-                      load_lanes(a.cells + row * a.hidden + at, n), load_lanes(c_before[i] + at, n),
-                      a.grad_c0 + i * a.hidden + at, a.grad_gates + row * 4 * a.hidden + at, n, a.hidden);
+    const Rows h_before = backward_state(step, a.output, a.h0, a.hidden);
+    for (int64_t i = 0; i < step.rows(); ++i) {
+      const int64_t row = step.begin + i;
+      for (int64_t at = own.begin * kPanel; at < high && at < a.hidden; at += kLanes) {
+        const int n = lanes_left(a.hidden, at);
+        const int64_t place = row * a.hidden + at;
+        vf grad = load_lanes(grad_h + i * stride + at, n);
+        if (grad_output != nullptr) grad += load_lanes(grad_output + place, n);
+        if (previous != nullptr) store_lanes(previous + place, load_lanes(h_before[i] + at, n), n);
+        differentiate(a.gates + (at / kLanes * total_ + row) * kPanel, grad, load_lanes(a.cells + place, n),
+                      load_lanes(c_before[i] + at, n), a.grad_c0 + i * a.hidden + at,
+                      a.grad_gates + row * 4 * a.hidden + at, n, a.hidden);
       }
     }
   }

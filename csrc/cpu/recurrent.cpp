@@ -166,7 +166,7 @@ class Backward {
     copy_columns(own, batch, stride_, nullptr, stride_, a.scratch, stride_);
     copy_columns(own, batch, a.hidden, a.grad_h_n, a.hidden, a.scratch, stride_);
     for (Walk step(a.batch_sizes, a.steps, total_, !a.reverse); !step.done(); step.advance()) {
-      for (int64_t p = own.begin; p < own.end; ++p) cell_panel(step, p);
+      cells(step, own);
       barrier.wait();
       sweep(own, back, [&](int64_t p) {
         panel_product({a.grad_h + step.begin * k, nullptr, step.rows(), k}, step.rows(), a.w_hh + p * k * kPanel, k,
@@ -179,11 +179,11 @@ class Backward {
  private:
   // From the gradient of h, carried and the output's own, to those of the gates; what goes straight to the h before
   // stays in `scratch`, to which the product with W_hh is added.
-  void cell_panel(const Walk& step, int64_t p) {
+  void cells(const Walk& step, Range own) {
     const Rows before = backward_state(step, a.output, a.h0, a.hidden);
-    for (int64_t at = p * kPanel; at < (p + 1) * kPanel && at < a.hidden; at += kLanes) {
-      const int n = lanes_left(a.hidden, at);
-      for (int64_t i = 0; i < step.rows(); ++i) {
+    for (int64_t i = 0; i < step.rows(); ++i) {
+      for (int64_t at = own.begin * kPanel; at < own.end * kPanel && at < a.hidden; at += kLanes) {
+        const int n = lanes_left(a.hidden, at);
         const int64_t row = step.begin + i, place = row * a.hidden + at, gate = row * Cell::kGates * a.hidden + at;
         float* const carry = a.scratch + i * stride_ + at;
         const vf h = load_lanes(before[i] + at, n);
