@@ -48,15 +48,15 @@ void pack_as(const PackPanels& a) {
         valid = valid < 0 ? 0 : valid < kLanes ? valid : kLanes;
         const W* source = static_cast<const W*>(a.source) + (p * per_panel + v * between) * a.stride_n;
         int64_t k = k0;
-        if constexpr (kSteps == 1) {
-          for (; a.stride_k == 1 && valid == kLanes && k + kLanes <= k1; k += kLanes) {
-            vf rows[kLanes];
+        // The two bfloat16 that share a word move together.
+        for (; a.stride_k == 1 && valid == kLanes && k + kLanes * kSteps <= k1; k += kLanes * kSteps) {
+          vf rows[kLanes];
 #pragma GCC unroll 16
-            for (int lane = 0; lane < kLanes; ++lane) rows[lane] = load(source + k + lane * a.stride_n);
-            transpose(rows);
+          for (int lane = 0; lane < kLanes; ++lane) rows[lane] = load_as<vf>(source + k + lane * a.stride_n);
+          transpose(rows);
 #pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i) store(panel + ((k + i) * vectors + v) * kLanes, rows[i]);
-          }
+          for (int i = 0; i < kLanes; ++i)
+            std::memcpy(panel + ((k / kSteps + i) * vectors + v) * kLanes * kSteps, &rows[i], sizeof(vf));
         }
         for (; k < k1; ++k) {
           W* to = panel + (k / kSteps * vectors + v) * kLanes * kSteps + k % kSteps;

@@ -26,6 +26,7 @@ from torch import Tensor
 import fastlm.nn
 from fastlm import ops
 from fastlm.kernels import native
+from fastlm.kernels.packing import pack
 
 pytestmark = pytest.mark.skipif(native.CPU.module is None, reason=str(native.CPU.error))
 BFLOAT = {"dtype": torch.bfloat16, "floor": 4e-3}  # one rounding of a result
@@ -47,6 +48,37 @@ def test_gru_and_rnn_agree_without_gradients(op: str, isa: str) -> None:
             for name, found in inference(case, inputs, run_backend("cpu")).items():
                 assert found.dtype == torch.bfloat16
                 torch.testing.assert_close(found.double(), exact[name], rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.parametrize("op", ["gru", "rnn"])
+def test_gru_and_rnn_agree_with_gradients(op: str, isa: str) -> None:
+    with poisoned_memory():
+        for case in cases(op):
+            compare(case, run_backend("cpu"), **BFLOAT)
+
+
+@pytest.mark.parametrize(("k", "n", "gates"), [(1, 8, 4), (33, 80, 4), (70, 105, 3), (129, 130, 0)])
+def test_packs_the_numbers_of_float32(k: int, n: int, gates: int, isa: str) -> None:
+    vectors, lanes = gates or 4, native.CPU.require().simd_lanes()
+    for matrix in (torch.randn(n, k).bfloat16().t(), torch.randn(k, n).bfloat16()):
+        pairs = pack(matrix, gates=gates).view(-1, (k + 1) // 2, vectors, lanes, 2)
+        found = pairs.permute(0, 1, 4, 2, 3).flatten(1, 2)[:, :k].float()
+        assert torch.equal(found, pack(matrix.float(), gates=gates).view(-1, k, vectors, lanes))
+
+
+def test_many_rows_go_to_the_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(op: str, rows: int, steps: int = 5) -> str | None:
+        inputs = make_inputs(Case(op=op, batch=rows, steps=steps)).to(torch.bfloat16)
+        hx = tuple(inputs.states) if op == "lstm" else inputs.states[0]
+        return ops.explain(op, inputs.input, hx, inputs.weights).chosen
+
+    for present in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda present=present: present)
+        many = "torch" if present else "cpu"
+        assert [chosen("lstm", rows) for rows in (7, 8)] == ["cpu", many]
+        for op in ("gru", "rnn"):
+            assert [chosen(op, rows) for rows in (31, 32)] == ["cpu", many]
+    assert chosen("lstm", 8, steps=1) == "cpu"
 
 
 @pytest.mark.parametrize("noise", ["", "dhc"])
