@@ -10,6 +10,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fastlm.checkpoints.errors import CheckpointError
 from fastlm.checkpoints.weights import Checkpoint, Weight, expect_match, install, skeleton, translate
+from fastlm.kernels.cpu.memory import in_huge_pages
 from fastlm.models import GPTConfig, LlamaConfig, ModelConfig
 from fastlm.ops.quantized import QuantizedTensor
 from fastlm.reference.quantized import KINDS
@@ -194,7 +196,8 @@ class GGUFFile:
             aligned = raw if info.offset % dtype.itemsize == 0 else raw.clone()
             return aligned.view(dtype).view(info.shape)
         if info.kind in KINDS and len(info.shape) == 2:
-            return QuantizedTensor(raw.view(info.shape[0], -1), info.kind, (info.shape[0], info.shape[1]))
+            shape = info.shape[0], info.shape[1]
+            return QuantizedTensor(raw.view(info.shape[0], -1), info.kind, shape, release=partial(self.release, name))
         if expand:
             blocks = raw.numpy().reshape(*info.shape[:-1], -1)
             return torch.from_numpy(dequantize(blocks, GGMLQuantizationType[info.kind]))
@@ -203,6 +206,21 @@ class GGUFFile:
             f"tensor {name!r} is {info.kind} {list(info.shape)}; kernels exist for matrices of {', '.join(KINDS)}. "
             "Loading with dtype=torch.float32 expands it.",
         )
+
+    def release(self, name: str) -> None:
+        """Gives a tensor's memory back. Who reads it again gets it from the file; what was written to it is lost."""
+        info = self.tensors[name]
+        first, last = -(-info.offset // mmap.PAGESIZE), (info.offset + info.nbytes) // mmap.PAGESIZE
+        if first < last and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+
+    def resident(self, name: str) -> Weight:
+        """`tensor` for products on this CPU: floats as a copy in huge pages, whose place in the file is released."""
+        weight = self.tensor(name)
+        if isinstance(weight, Tensor):
+            weight = in_huge_pages(weight)
+            self.release(name)
+        return weight
 
     def size(self, key: str, default: int | None = None) -> int:
         """The positive integer at `key`. CheckpointError: it is missing without a default, or something else."""
@@ -333,7 +351,8 @@ def load_gguf(
 
     Args:
         path: the file.
-        dtype: None keeps weights as they are stored, memory-mapped and frozen; else trainable parameters of it.
+        dtype: None keeps weights as they are stored, the Q kinds memory-mapped, and frozen; else trainable parameters
+            of it.
         device: where to put the weights; None: the CPU.
         compute: "fast" or "exact", as in `fastlm.ops.linear`.
 
@@ -351,7 +370,10 @@ def load_gguf(
     expected = {names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     ignored = {_ROPE_FREQS} | {name for name in file.tensors if name.endswith("attn_rot_embd.weight")}
     expect_match(file.path, expected, {n: t.shape for n, t in file.tensors.items() if n not in ignored})
-    weights = {ours: file.tensor(theirs, expand=dtype is not None) for ours, theirs in names.items()}
+    if dtype is None and torch.device(device or "cpu").type == "cpu":
+        weights = {ours: file.resident(theirs) for ours, theirs in names.items()}
+    else:
+        weights = {ours: file.tensor(theirs, expand=dtype is not None) for ours, theirs in names.items()}
     model = install(model, weights, dtype=dtype, device=device, compute=compute)
     tokenizer = None
     if file.metadata.get(Keys.Tokenizer.MODEL, "none") not in ("none", "no_vocab"):

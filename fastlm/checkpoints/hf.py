@@ -24,6 +24,7 @@ from fastlm.checkpoints.weights import (
     skeleton,
     translate,
 )
+from fastlm.kernels.cpu.memory import in_huge_pages
 from fastlm.models import GPT, CausalLM, GPTConfig, Llama, LlamaConfig, ModelConfig
 from fastlm.ops.quantized import QuantizedTensor
 
@@ -222,7 +223,11 @@ def load_hf(
     values = read_json(config)
     expect_family(values, config)
     path, tensors = _read_weights(folder)
-    model = from_state(values, tensors, dtype=dtype, device=device, compute=compute, config_path=config, path=path)
+    # Products on this CPU read huge pages faster than the mapped file, which goes with these tensors.
+    shared = dtype is not None or torch.device(device or "cpu").type != "cpu"
+    model = from_state(
+        values, tensors, dtype=dtype, device=device, compute=compute, config_path=config, path=path, shared=shared
+    )
     tokenizer = None
     if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         try:
@@ -249,13 +254,13 @@ def from_state(
     config_path: Path = Path("config"),
     path: Path = Path("state_dict"),
     kind: str | None = None,
+    shared: bool = True,
 ) -> CausalLM:
     """The model of a configuration and weights as transformers has them: `config.to_dict()` and `state_dict()`.
 
-    The weights' memory is shared where neither dtype nor layout changes.
-
     Args:
         kind: quantise matrices to this kind ("Q8_0", ...); None leaves them.
+        shared: the weights' memory is shared where neither dtype nor layout changes; False: all are copied.
         config_path, path: whom errors blame.
 
     Raises:
@@ -286,6 +291,8 @@ def from_state(
         ours: tensors[theirs].t().contiguous() if theirs in transposed else tensors[theirs]
         for ours, theirs in names.items()
     }
+    if not shared:
+        weights = {name: in_huge_pages(tensor) for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     if kind is not None:
         for name, weight in weights.items():
             if isinstance(weight, Tensor) and (is_linear(model, name) or name == "embedding.weight"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,12 +39,13 @@ class QuantizedTensor:
         shape: (N, K). K is a multiple of 32 for the Q kinds.
         layout: "blocks", as in files, or "planes" (`fastlm.reference.quantized.to_planes`), as GPUs read them. `to`
             changes it.
+        release: called once a copy for integer products has been made, when `data` will hardly be read any more.
 
     Raises:
         ValueError: the kind is unknown, K is not a whole number of blocks, or `data` does not fit.
     """
 
-    __slots__ = ("_interleaved", "code", "data", "kind", "layout", "row_bytes", "shape")
+    __slots__ = ("_interleaved", "code", "data", "kind", "layout", "release", "row_bytes", "shape")
 
     requires_grad = False
     data: Tensor
@@ -52,9 +54,18 @@ class QuantizedTensor:
     code: int
     row_bytes: int
     layout: str
+    release: Callable[[], None] | None
     _interleaved: dict[int, Tensor]
 
-    def __init__(self, data: Tensor, kind: str, shape: tuple[int, int], layout: str = "blocks") -> None:
+    def __init__(
+        self,
+        data: Tensor,
+        kind: str,
+        shape: tuple[int, int],
+        layout: str = "blocks",
+        *,
+        release: Callable[[], None] | None = None,
+    ) -> None:
         if kind not in KINDS:
             raise ValueError(f"QuantizedTensor: kind is {kind!r}, expected one of {', '.join(KINDS)}")
         if len(shape) != 2:
@@ -77,6 +88,7 @@ class QuantizedTensor:
         self.shape = torch.Size(shape)
         self.code = KINDS[kind].code
         self.row_bytes = row_bytes
+        self.release = release
         self._interleaved = _INTERLEAVED.setdefault(data, {})
 
     @classmethod
@@ -153,6 +165,8 @@ class QuantizedTensor:
                 if packed is None:
                     packed = kernel.interleave(self.data, self.code, self.shape[0], self.shape[1])
                     self._interleaved[lanes] = packed
+                    if self.release is not None:
+                        self.release()
         return packed
 
     def _native(self) -> bool:

@@ -18,6 +18,7 @@ from fastlm.checkpoints import CheckpointError, load_gguf
 from fastlm.checkpoints.gguf import GGUFFile
 from fastlm.models import CausalLM
 from fastlm.nn.linear import Linear, QuantizedLinear
+from fastlm.ops.quantized import QuantizedTensor
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
@@ -216,6 +217,40 @@ def test_damaged_structure(content: bytes, message: str, tmp_path: Path) -> None
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"m\.gguf: .*{message}"):
         load_gguf(path)
+
+
+def one_tensor(path: Path, data: Tensor, kind: int) -> GGUFFile:
+    """A file with a matrix of 256 by 1024 of ggml's type `kind`."""
+    start = header(tensors=1) + info(shape=(1024, 256), kind=kind)
+    path.write_bytes(start + bytes(-len(start) % 32) + data.numpy().tobytes())
+    return GGUFFile(path)
+
+
+def pages_here(tensor: Tensor) -> int:
+    """Pages of a mapped tensor that are this process's, by /proc/self/pagemap."""
+    first, last = tensor.data_ptr() // 4096, (tensor.data_ptr() + tensor.nbytes) // 4096
+    with open("/proc/self/pagemap", "rb") as map:
+        map.seek(8 * first)
+        return sum(int(entry) >> 63 for entry in np.frombuffer(map.read(8 * (last - first)), np.uint64))
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="not Linux")
+def test_pages_that_are_not_needed_any_more_are_given_back(tmp_path: Path) -> None:
+    values = torch.randn(256, 1024)
+    file = one_tensor(tmp_path / "floats.gguf", values, 0)
+    mapped = file.tensor("t")
+    assert isinstance(mapped, Tensor) and float(mapped.sum()) != 0 and pages_here(mapped) > 200
+    copy = file.resident("t")
+    assert isinstance(copy, Tensor) and copy.data_ptr() != mapped.data_ptr() and torch.equal(copy, values)
+    assert pages_here(mapped) < 20
+    assert torch.equal(mapped, values)  # from the file again
+
+    blocks = QuantizedTensor.quantize(values, "Q8_0")
+    weight = one_tensor(tmp_path / "codes.gguf", blocks.data, 8).tensor("t")
+    assert isinstance(weight, QuantizedTensor)
+    weight.interleaved()
+    assert pages_here(weight.data) < 20
+    assert torch.equal(weight.data, blocks.data)
 
 
 def test_no_file(tmp_path: Path) -> None:

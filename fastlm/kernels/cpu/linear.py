@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from collections.abc import Sequence
 
 import torch
@@ -12,40 +10,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastlm.kernels import native
+from fastlm.kernels.cpu.memory import CPU, take
 
-__all__ = ["dequantize_rows", "interleave", "linear"]
-
-CPU = torch.device("cpu")  # buffers are here whatever torch's default device and dtype are
-
-ARENA = 32 << 20
-"""Bytes that interleaved weights are allocated in, so that even small ones lie in huge pages: these are read 1.2 to 1.5
-times as fast as small ones."""
-
-_arena = torch.empty(0, dtype=torch.uint8, device=CPU)
-
-
-def _aligned(size: int) -> Tensor:
-    """`size` bytes aligned to 64, which keep the arena that they are in alive."""
-    global _arena
-    size += -size % 64
-    if size > len(_arena):
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # Private: what mmap shares, as it does by default, is of another kind, which seldom has huge pages.
-            memory = mmap.mmap(-1, max(size, ARENA), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):  # a kernel without them
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        else:
-            memory = mmap.mmap(-1, max(size, ARENA))
-        _arena = torch.frombuffer(memory, dtype=torch.uint8)
-    taken, _arena = _arena[:size], _arena[size:]
-    return taken
+__all__ = ["CPU", "dequantize_rows", "interleave", "linear"]
 
 
 def interleave(weight: Tensor, code: int, outputs: int, columns: int) -> Tensor:
     """The copy of a weight of a Q kind that integer products read, for the active instruction-set level."""
     module = native.CPU.require()
     with _disable_current_modes():  # none of a recorded step's business
-        packed = _aligned(module.interleaved_bytes(outputs, columns, code))
+        packed = take(module.interleaved_bytes(outputs, columns, code))
         module.interleave(weight.data_ptr(), packed.data_ptr(), outputs, columns, code, native.num_threads())
     return packed
 

@@ -1,0 +1,51 @@
+"""Memory in huge pages: `fastlm.kernels.cpu.memory`."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlm.kernels.cpu import memory
+
+
+def huge_kilobytes(address: int) -> int:
+    """Of the mapping that holds an address, what Linux has put into huge pages."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            low, _, high = first.partition("-")
+            inside = int(low, 16) <= address < int(high, 16)
+        elif inside and first == "AnonHugePages:":
+            return int(line.split()[1])
+    raise AssertionError("no mapping holds the address")
+
+
+def test_pieces_are_aligned_apart_and_of_their_own_storage() -> None:
+    pieces = [memory.take(size) for size in (1, 63, 64, 65, 0, 5000, memory.ARENA + 1, 7)]
+    for number, piece in enumerate(pieces):
+        piece.fill_(number)
+    for number, piece in enumerate(pieces):
+        assert bool((piece == number).all())
+        assert piece.numel() == 0 or piece.data_ptr() % 64 == 0
+        assert piece.untyped_storage().nbytes() == piece.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_copy_is_contiguous_and_apart(dtype: torch.dtype) -> None:
+    source = torch.randn(5, 7).to(dtype).t()
+    copy = memory.in_huge_pages(source)
+    assert torch.equal(copy, source) and copy.is_contiguous() and copy.dtype is dtype
+    copy += 1
+    assert not torch.equal(copy, source)
+
+
+def test_linux_gives_huge_pages() -> None:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not hasattr(mmap, "MADV_HUGEPAGE") or not enabled.exists() or "[never]" in enabled.read_text():
+        pytest.skip("this system has no transparent huge pages")
+    piece = memory.take(2 * memory.ARENA).fill_(1)
+    assert huge_kilobytes(piece.data_ptr() + len(piece) // 2) >= 2048
