@@ -7,6 +7,12 @@
 
 #include "kernel_table.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastlm {
 
 namespace baseline {
@@ -51,6 +57,19 @@ const Level kLevels[] = {
 #endif
 };
 
+// AMX: tiles (bit 24) and their products of bfloat16 (bit 22); and vectors of bfloat16 (leaf 1, bit 5). Linux hands out the registers to processes that ask.
+bool has_bfloat_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kAskForState = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!(d >> 22 & 1) || !(d >> 24 & 1) || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
+  return has_avx512() && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 const KernelTable* find(const char* name) {
   for (const Level& level : kLevels)
     if (std::strcmp(level.table->isa, name) == 0 && level.runs_here()) return level.table;
@@ -84,6 +103,11 @@ std::vector<const char*> isa_compiled() {
   std::vector<const char*> names;
   for (const Level& level : kLevels) names.push_back(level.table->isa);
   return names;
+}
+
+bool matmul_tiles() {
+  static const bool has = has_bfloat_tiles();
+  return has && kernels().matmul == best()->matmul;  // a level that was forced does without
 }
 
 const char* isa_active() { return kernels().isa; }

@@ -15,6 +15,7 @@
 #include "fastlm/lstm.h"
 #include "fastlm/lstm_variants.h"
 #include "fastlm/math.h"
+#include "fastlm/matmul.h"
 #include "fastlm/norm.h"
 #include "fastlm/pack.h"
 #include "fastlm/recurrent.h"
@@ -46,6 +47,8 @@
   X(int64_t, attention_decode_check, (const AttentionDecode& a), (a))               \
   X(int64_t, attention_decode_scratch, (const AttentionDecode& a, int64_t longest), (a, longest)) \
   X(void, math_apply, (MathFunction f, const float* x, float* y, int64_t n), (f, x, y, n)) \
+  X(void, matmul, (const Matmul& a), (a))                                           \
+  X(int64_t, matmul_scratch, (const Matmul& a), (a))                                \
   X(void, norm, (const Norm& a), (a))                                               \
   X(void, norm_backward, (const NormBackward& a), (a))                              \
   X(int64_t, norm_backward_scratch, (const NormBackward& a), (a))                   \

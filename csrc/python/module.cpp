@@ -16,6 +16,7 @@ PYBIND11_MODULE(_native, m) {
   fastlm::bind_attention(m);
   fastlm::bind_attention_decode(m);
   fastlm::bind_elementwise(m);
+  fastlm::bind_matmul(m);
   fastlm::bind_norm(m);
   fastlm::bind_linear(m);
   fastlm::bind_lstm(m);

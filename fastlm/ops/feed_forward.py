@@ -12,7 +12,7 @@ from fastlm.kernels.cpu.elementwise import convert
 from fastlm.ops.activation import gelu, swiglu
 from fastlm.ops.library import differentiable_once, tracing
 from fastlm.ops.linear import linear, linear_group
-from fastlm.ops.linear_mixed import differentiate, is_mixed, product
+from fastlm.ops.linear_mixed import differentiate, is_mixed, prepared, product, rows
 
 __all__ = ["feed_forward"]
 
@@ -31,9 +31,8 @@ class _MixedFeedForward(torch.autograd.Function):
         down: Tensor,
         down_bias: Tensor | None,
     ) -> Tensor:
-        x = convert(input, torch.bfloat16).reshape(-1, input.shape[-1])
-        gate = None if gate is None else convert(gate, torch.bfloat16)
-        up, down = convert(up, torch.bfloat16), convert(down, torch.bfloat16)
+        x = rows(convert(input, torch.bfloat16))
+        gate, up, down = None if gate is None else prepared(gate), prepared(up), prepared(down)
         inner = [product(x, up, up_bias)] if gate is None else [product(x, gate, gate_bias), product(x, up, up_bias)]
         active = kernel.activation("gelu" if gate is None else "silu", *inner)
         ctx.save_for_backward(x, gate, up, down, active, *inner)
@@ -45,19 +44,17 @@ class _MixedFeedForward(torch.autograd.Function):
         differentiable_once("feed_forward")
         x, gate, up, down, active, *inner = ctx.saved_tensors
         wants, (shape, dtype) = ctx.needs_input_grad, ctx.input
-        g = convert(grad_output, torch.bfloat16).reshape(-1, len(down))
-        grad_active, *grad_down = differentiate(g, active, down, (True, *wants[5:7]))
+        grad_active, *grad_down = differentiate(rows(grad_output), active, down, (True, *wants[5:7]))
         assert grad_active is not None
         grads = kernel.activation_backward("gelu" if gate is None else "silu", grad_active, *inner)
         of_gate, of_up = grads if gate is not None else (None, grads[0])
         assert of_up is not None
-        grad_input, *grad_last = differentiate(of_up, x, up, (wants[0], *wants[3:5]))
+        grad_input, *grad_last = differentiate(of_up, x, up, (wants[0], *wants[3:5]), dtype)
         grad_gate: list[Tensor | None] = [None, None]
         if of_gate is not None:
-            found, *grad_gate = differentiate(of_gate, x, gate, wants[:3])
+            found, *grad_gate = differentiate(of_gate, x, gate, wants[:3], dtype)
             grad_input = found if grad_input is None or found is None else grad_input.add_(found)
-        grad_input = None if grad_input is None else convert(grad_input, dtype).view(shape)
-        return grad_input, *grad_gate, *grad_last, *grad_down
+        return None if grad_input is None else grad_input.view(shape), *grad_gate, *grad_last, *grad_down
 
 
 def feed_forward(

@@ -1,4 +1,4 @@
-"""Linear layers under autocast: what torch's autocast computes, to the bit."""
+"""Linear layers under autocast: what torch's autocast computes; to the bit where the products are torch's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerance import assert_close_to_reference
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,14 +28,51 @@ def _run(linear: Any, x: Tensor, weight: Tensor, bias: Tensor | None, upstream: 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24), (2, 40, 24)])
-def test_autocast_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype, biased: bool, isa: str) -> None:
+@pytest.mark.parametrize("products", ["torch", "ours"])
+def test_autocast(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    biased: bool,
+    products: str,
+    isa: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules["fastlm.ops.linear_mixed"], "worthwhile", lambda _: products == "ours")
     x, weight, bias = torch.randn(shape).to(dtype), torch.randn(33, 24), torch.randn(33) if biased else None
     upstream = torch.randn(*shape[:-1], 33).bfloat16()
     found = _run(ops.linear, x, weight, bias, upstream)
     expected = _run(functional.linear, x, weight, bias, upstream)
-    for a, b in zip(found, expected, strict=True):
+    exact = _exact(x, weight, bias, upstream)
+    for a, b, c in zip(found, expected, exact, strict=True):
         assert a.dtype is b.dtype
-        assert torch.equal(a, b)
+        if products == "torch":
+            assert torch.equal(a, b)
+        else:
+            assert_close_to_reference(a, b, c)
+
+
+def _exact(x: Tensor, weight: Tensor, bias: Tensor | None, upstream: Tensor) -> list[Tensor]:
+    """In float64, of the factors rounded to bfloat16."""
+    leaves = [t.bfloat16().double().requires_grad_() for t in (x, weight, bias) if t is not None]
+    y = functional.linear(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.double())]
+
+
+@pytest.mark.parametrize("fault", ["weight turned", "bias left out", "gradient of another input"])
+def test_planted_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["fastlm.ops.linear_mixed"], "worthwhile", lambda _: True)
+    x, weight, bias, upstream = torch.randn(9, 24), torch.randn(24, 24), torch.randn(24), torch.randn(9, 24).bfloat16()
+    found = _run(ops.linear, x, weight, bias, upstream)
+    expected, exact = _run(functional.linear, x, weight, bias, upstream), _exact(x, weight, bias, upstream)
+    if fault == "weight turned":
+        found[0] = _run(ops.linear, x, weight.t().contiguous(), bias, upstream)[0]
+    elif fault == "bias left out":
+        found[0] = (found[0] - bias).bfloat16()
+    else:
+        found[2] = _run(ops.linear, x.roll(1, 0), weight, bias, upstream)[2]
+    with pytest.raises(AssertionError):
+        for a, b, c in zip(found, expected, exact, strict=True):
+            assert_close_to_reference(a, b, c)
 
 
 def test_it_is_taken_where_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
