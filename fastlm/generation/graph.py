@@ -88,7 +88,7 @@ class Graph:
             The watched values after each of them.
 
         Raises:
-            Refused: a value was below 0.
+            Refused: a value was below 0; `result` is that of the step.
         """
         with torch.cuda.device(self._device):
             return self._run(times, frozenset(stops))
@@ -98,21 +98,22 @@ class Graph:
         most = 1 if self._after is not None else _STEPS
         while len(values) < times:
             count = min(times - len(values), most)
-            undo = self._snapshot() if stops and count > 1 else None
+            undo = self._snapshot() if count > 1 else None
             for at in range(count):
                 self._graph.replay()
                 if self._after is not None:
                     self._after(self.result)
                 self._log[at].copy_(self._watched)
             found: list[list[int]] = self._log[:count].tolist()
-            if any(value < 0 for step in found for value in step):
+            # What comes after a stop does not count, be it a refusal.
+            ended = next((at + 1 for at, step in enumerate(found) if min(step) < 0 or not stops.isdisjoint(step)), None)
+            if ended is not None and undo is not None and ended < count:
+                undo()
+                for _ in range(ended):
+                    self._graph.replay()
+            if ended is not None and min(found[ended - 1]) < 0:
                 raise Refused("the sampler refused its input")
-            ended = next((at + 1 for at, step in enumerate(found) if not stops.isdisjoint(step)), None)
             values += found[:ended]
             if ended is not None:
-                if undo is not None and ended < count:
-                    undo()
-                    for _ in range(ended):
-                        self._graph.replay()
                 break
         return values

@@ -141,7 +141,27 @@ def test_a_graph_of_a_counter(graphs: type[CudaGraph]) -> None:
     graph.run(0)
     count.fill_(-5)
     with pytest.raises(Refused, match="refused its input"):
-        graph.run(2)
+        graph.run(16)
+    assert (int(count), float(graph.result)) == (-4, -8.0)  # as after the step that was refused
+
+
+def test_a_refusal_beyond_a_stop_does_not_count(graphs: type[CudaGraph]) -> None:
+    count, seen = torch.full((1,), 6), torch.zeros(1, dtype=torch.int64)
+
+    def down() -> Tensor:
+        count.sub_(1)
+        seen.copy_(count)
+        return count * 2.0
+
+    def snapshot() -> Any:
+        kept = count.clone()
+        return lambda: count.copy_(kept)
+
+    graph = Graph(DEVICE, down, seen, snapshot)
+    assert graph.run(16, stops=(2,)) == [[4], [3], [2]]
+    assert int(count) == 2
+    with pytest.raises(Refused):
+        graph.run(16, stops=(7,))
 
 
 def test_the_emulation_finds_what_a_graph_does_not_replay(graphs: type[CudaGraph]) -> None:
