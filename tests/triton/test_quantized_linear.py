@@ -110,8 +110,8 @@ def test_modules_run_on_planes(device: str) -> None:
 FAULTS = {
     "nothing": ("", ""),
     "halves swapped": (
-        "low, high = _float(both & 15, zero), _float(both >> 4, zero)",
-        "high, low = _float(both & 15, zero), _float(both >> 4, zero)",
+        "low, high = _float(both & 15, zero)",
+        "high, low = _float(both & 15, zero)",
     ),
     "offset forgotten": ('8 if KIND == "Q4_0"', '0 if KIND == "Q4_0"'),
     "sign forgotten": ("^ 0x80, 128)", ", 0)"),
@@ -135,6 +135,19 @@ FAULTS = {
     "only two parts of the input": ("acc = tl.dot(rest.to(tl.bfloat16), q, acc)", "acc += 0"),
     "input rounded": ("acc = tl.dot(second, q, acc)", "acc += 0"),
     "bias forgotten": ("if BIAS:", "if BIAS and False:"),
+    "the high nibble 16 times": ("* 0.0625 - zero", "- zero"),
+    "many rows: scale of another block": ("scale = tl.load(scales + place", "scale = tl.load(scales + n"),
+    "many rows: one half without its scale": ("low * scale, high * scale", "low * scale, high"),
+    "many rows: one half without its minimum": ("low + least, high + least", "low + least, high"),
+    "many rows: rows dropped": ("here[None, :] & used[:, None])", "(m < rows - 1)[None, :] & used[:, None])"),
+    "many rows: halves of the input swapped": (
+        "x_at + block * 32 + 16, mask=here[None",
+        "x_at + block * 32, mask=here[None",
+    ),
+    "many rows: bias of a row": (
+        "acc += tl.load(bias + n, mask=used, other=0.0).to(tl.float32)[:, None]",
+        "acc += tl.load(bias + m, mask=m < outputs, other=0.0).to(tl.float32)[None, :]",
+    ),
 }
 
 
@@ -154,12 +167,28 @@ def test_planted_faults_are_found(device: str, fault: str, tmp_path: Path) -> No
                 sparse = torch.zeros_like(input)
                 sparse[:, 5] = torch.rand(rows) + 1
                 compare(run, sparse, weight, None)
+            input, weight = _case(device, kind, (70,), 20, 9, torch.float16)
+            compare(run, input, weight, torch.randn(20, device=device))
 
     if fault == "nothing":
         check()
     else:
         with pytest.raises(AssertionError):
             check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_hundreds_of_rows(device: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The larger tile, which a launch takes where there are programs enough for it, beyond its own size."""
+    monkeypatch.setattr(kernel, "many_rows_tile", lambda *_: 256)
+    compare(_triton, *_case(device, kind, (2, 150), 131, 3, dtype), torch.randn(131, device=device))
+
+
+def test_tiles_for_many_rows() -> None:
+    tile = kernel.many_rows_tile
+    assert [tile(512, 16384, 2, target) for target in ("sm_80", "sm_86", "sm_90", "gfx942")] == [128, 128, 256, 0]
+    assert (tile(512, 4096, 2, "sm_90"), tile(64, 16384, 2, "sm_90"), tile(512, 16384, 4, "sm_90")) == (128, 0, 0)
 
 
 def test_what_the_kernel_leaves_to_others(device: str) -> None:

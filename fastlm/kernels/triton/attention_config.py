@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["CONFIGS", "Config", "run_best"]
+__all__ = ["CONFIGS", "Config", "architecture", "run_best"]
 
 
 class Config(NamedTuple):
@@ -80,8 +80,10 @@ _chosen: dict[Hashable, Config] = {}
 
 
 @functools.cache
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
     """The entry of CONFIGS for a device: its own, or that of the nearest kin with no more shared memory."""
+    if device.type == "cpu":
+        return "sm_90"  # in the interpreter
     if torch.version.hip:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
@@ -113,7 +115,7 @@ def _first(kernel: str, query: Tensor, features: int, run: Callable[[Config], No
         return _INTERPRETED
     row, size = (kernel, query.element_size()), 0 if features <= 64 else 1 if features <= 128 else 2
     if os.environ.get("FASTLM_AUTOTUNE") != "1":
-        return CONFIGS[_architecture(query.device)][row][size]
+        return CONFIGS[architecture(query.device)][row][size]
     known = dict.fromkeys(configs[row][size] for configs in CONFIGS.values())
     return min(known, key=functools.partial(_time, run))
 

@@ -6,6 +6,9 @@ blocks: columns 0 to 15 and 16 to 31, the low and the high nibbles of its bytes.
 
 One row of input is a matter of reading the weight (`_one_row`). More rows go through the tensor cores (`_rows`), in
 which codes are exact as bfloat16 or float16, and float32 inputs are the sum of three bfloat16 parts: nothing is lost.
+Hundreds of rows in bfloat16 or float16 are a matter of arithmetic (`_many_rows`): there the weight is scaled first and
+rounded to the input's dtype, so that sums stay in the tensor cores from the first block to the last; and it is the left
+factor, y^T = W x^T, which those of sm_90 take from registers.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels.triton.shipped import Shipped, Work
+from fastlm.kernels.triton.attention_config import architecture
+from fastlm.kernels.triton.shipped import TARGETS, Shipped, Work
 
 __all__ = ["linear", "shipped"]
 
+MANY_OUTPUTS = 128
+"""Outputs to a program of `_many_rows`."""
 BYTES = {"Q8_0": 32, "Q4_0": 16, "Q4_1": 16}
 """Bytes of codes in a block of 32 weights."""
 
@@ -39,7 +45,8 @@ def _halves(codes, at, mask, KIND: tl.constexpr):
     else:
         zero: tl.constexpr = 8 if KIND == "Q4_0" else 0
         both = tl.load(codes + at, mask=mask, other=0)
-        low, high = _float(both & 15, zero), _float(both >> 4, zero)
+        # The high nibble where it is counts 16 times; a multiplication and subtraction in one undo it exactly.
+        low, high = _float(both & 15, zero), _float(both & 0xF0, 0) * 0.0625 - zero
     return low, high
 
 
@@ -147,6 +154,48 @@ def _rows(
     tl.store(output + at, acc.to(output.dtype.element_ty), mask=here[:, None] & used[None, :])
 
 
+@triton.jit
+def _many_rows(
+    input,
+    codes,
+    scales,
+    minima,
+    bias,
+    output,
+    rows,
+    outputs,
+    blocks,
+    KIND: tl.constexpr,
+    BYTES: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tiles = tl.cdiv(rows, BLOCK_M)
+    m = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    byte = tl.arange(0, 16)
+    here, used = m < rows, n < outputs
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    x_at = input + m[None, :] * (blocks * 32) + byte[:, None]
+    for block in tl.range(0, blocks):
+        place = n.to(tl.int64) + block * outputs
+        low, high = _halves(codes, place[:, None] * BYTES + byte[None, :], used[:, None], KIND)
+        scale = tl.load(scales + place, mask=used, other=0.0).to(tl.float32)[:, None]
+        low, high = low * scale, high * scale
+        if KIND == "Q4_1":
+            least = tl.load(minima + place, mask=used, other=0.0).to(tl.float32)[:, None]
+            low, high = low + least, high + least
+        x_low = tl.load(x_at + block * 32, mask=here[None, :], other=0.0)
+        x_high = tl.load(x_at + block * 32 + 16, mask=here[None, :], other=0.0)
+        acc = tl.dot(low.to(x_low.dtype), x_low, acc)
+        acc = tl.dot(high.to(x_high.dtype), x_high, acc)
+    if BIAS:
+        acc += tl.load(bias + n, mask=used, other=0.0).to(tl.float32)[:, None]
+    at = m[None, :] * outputs + n[:, None]
+    tl.store(output + at, acc.to(output.dtype.element_ty), mask=here[None, :] & used[:, None])
+
+
 def linear(
     input: Tensor, codes: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None, kind: str
 ) -> Tensor:
@@ -172,9 +221,13 @@ def linear(
                 x, codes, scales, minima, bias, output, *common, BLOCK_N=block_n, BLOCK_K=128 // block_n, num_warps=4
             )
         else:
-            block_m, block_n = rows_tile(rows, outputs, x.element_size())
+            block_m = many_rows_tile(rows, outputs, x.element_size(), architecture(x.device))
+            kernel, block_n, warps = _many_rows, MANY_OUTPUTS, 8
+            if block_m == 0:
+                kernel, warps = _rows, 4
+                block_m, block_n = rows_tile(rows, outputs, x.element_size())
             grid = (triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n),)
-            _rows[grid](
+            kernel[grid](
                 x,
                 codes,
                 scales,
@@ -185,7 +238,7 @@ def linear(
                 *common,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
-                num_warps=4,
+                num_warps=warps,
                 num_stages=3,
             )
     return output.view(*input.shape[:-1], outputs)
@@ -203,6 +256,18 @@ def rows_tile(rows: int, outputs: int, element_size: int) -> tuple[int, int]:
     """
     block_m = min(max(16, triton.next_power_of_2(rows)), 64)
     return block_m, 32 if outputs <= 4096 and rows <= 64 else 128 if block_m == 64 and element_size == 2 else 64
+
+
+def many_rows_tile(rows: int, outputs: int, element_size: int, architecture: str) -> int:
+    """Rows of input to a program of `_many_rows`; 0 where `_rows` does better.
+
+    What a program does to unpack its weights is shared by its rows: twice as many where the tensor cores are that fast,
+    and where there is work for all of a GPU. gfx942 rounds to bfloat16 in software, which costs it more than is saved.
+    """
+    if element_size != 2 or rows <= 64 or architecture == "gfx942":
+        return 0
+    programs = triton.cdiv(rows, 256) * triton.cdiv(outputs, MANY_OUTPUTS)
+    return 256 if architecture in ("sm_90", "sm_100") and programs >= 128 else 128
 
 
 def shipped() -> Iterator[Shipped]:
@@ -223,11 +288,34 @@ def shipped() -> Iterator[Shipped]:
                 divisible_by_16=(*floats, *pointers, "outputs"),
                 work=Work(bytes=128 * (size + (4 if kind == "Q4_1" else 2))),
             )
+        nvidia = tuple(target for target in TARGETS if target != "gfx942")
+        for dtype, block_m, targets in (
+            ("bf16", 128, nvidia),
+            ("fp16", 128, nvidia),
+            ("bf16", 256, ("sm_90", "sm_100")),
+        ):
+            floats = {"input": f"*{dtype}", "output": f"*{dtype}"}
+            yield Shipped(
+                name=f"quantized_linear {kind} {dtype} m{block_m} n{MANY_OUTPUTS}",
+                kernel=_many_rows,
+                signature={**floats, **pointers, "rows": "i32", "outputs": "i32", "blocks": "i32"},
+                constants={**fixed, "BLOCK_M": block_m, "BLOCK_N": MANY_OUTPUTS},
+                num_warps=8,
+                num_stages=3,
+                targets=targets,
+                divisible_by_16=(*floats, *pointers, "outputs"),
+                # Neighbours read the same weights, and others the same inputs: most of it comes from L2.
+                work=Work(
+                    tensor_flops=2 * block_m * MANY_OUTPUTS * 32,
+                    bytes=MANY_OUTPUTS * (size + (4 if kind == "Q4_1" else 2)) + block_m * 32 * 2,
+                ),
+                must_use=("wgmma", "tcgen05"),
+            )
         for dtype, rows, outputs in (
             ("bf16", 8, 4096),
             ("bf16", 8, 16384),
-            ("bf16", 512, 4096),
-            ("fp16", 512, 4096),
+            ("bf16", 64, 16384),
+            ("fp16", 64, 16384),
             ("fp32", 8, 4096),
             ("fp32", 512, 4096),
         ):
