@@ -23,6 +23,8 @@ static constexpr int kTogether = 4;      // queries that share one reading of a 
 static constexpr int64_t kTokens = 32;   // new tokens per pass: bounds the scratch
 // Less work than this for each does not pay for a second thread that has to be woken, or for one of a team, awake already.
 static constexpr int64_t kBytesPerThread = 128 << 10, kBytesPerTeammate = 8 << 10;
+// Rows that are fetched before their turn; an address behind the last does no harm.
+static constexpr int kKeysAhead = 32, kValuesAhead = 8;
 static constexpr int kMaxDim = kAttentionDecodeMaxDim;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -74,17 +76,23 @@ static inline Pass make_pass(const AttentionDecode& a, int64_t first) {
   return pass;
 }
 
-template <int... I>
-FASTLM_INLINE vf add_neighbours(vf x, vf y, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(x, y, (2 * I)...) + __builtin_shufflevector(x, y, (2 * I + 1)...);
+// Lanes whose number has the bit W take y's sum with the lane W before, the others x's with the lane W behind. One
+// shuffle and one blend: shuffles have one port.
+template <int W, int... I>
+FASTLM_INLINE vf fold(vf x, vf y, std::integer_sequence<int, I...>) {
+  const vi mine = {(I & W ? -1 : 0)...};
+  return (mine != 0 ? y : x) + __builtin_shufflevector(x, y, (I & W ? I - W + kLanes : I + W)...);
 }
 // Lane i of the result is the sum of x[i]'s lanes, for kLanes vectors.
-template <int N = kLanes>
+template <int W = kLanes / 2>
 FASTLM_INLINE vf reduce_each(const vf* x) {
-  if constexpr (N == 1)
+  if constexpr (W == 0) {
     return x[0];
-  else
-    return add_neighbours(reduce_each<N / 2>(x), reduce_each<N / 2>(x + N / 2), std::make_integer_sequence<int, kLanes>());
+  } else {
+    vf half[W];
+    for (int i = 0; i < W; ++i) half[i] = fold<W>(x[i], x[i + W], std::make_integer_sequence<int, kLanes>());
+    return reduce_each<W / 2>(half);
+  }
 }
 
 // kLanes features of a key or value as floats, and the first n of them.
@@ -113,10 +121,17 @@ struct Rows {
   }
 };
 
+// Whether the d-th of a row's numbers is the first that 64 bytes hold.
+template <class T>
+FASTLM_INLINE bool begins_line(int d) {
+  return d * static_cast<int>(sizeof(T)) % 64 == 0;
+}
+
 // sums[q][l]: vectors whose lanes add up to the dot product of query q with key l. As many keys at a time as leave the
 // sums in registers; how many queries or keys go together does not show in the numbers.
 template <int Q, class T>
-FASTLM_INLINE void dots(const float* const* queries, const T* const* keys, int dim, vf (*sums)[kLanes]) {
+FASTLM_INLINE void dots(const float* const* queries, const T* const* keys, int64_t stride, int dim,
+                        vf (*sums)[kLanes]) {
   constexpr int kKeys = Q == 1 ? kLanes : Q < 4 ? kLanes / 2 : kLanes / 4;
   for (int first = 0; first < kLanes; first += kKeys) {
     vf s[Q][kKeys];
@@ -126,6 +141,7 @@ FASTLM_INLINE void dots(const float* const* queries, const T* const* keys, int d
       vf q[Q];
       for (int i = 0; i < Q; ++i) q[i] = load(queries[i] + d);
       for (int l = 0; l < kKeys; ++l) {
+        if (begins_line<T>(d)) __builtin_prefetch(keys[first + l] + d + kKeysAhead * stride);
         const vf k = widen(keys[first + l] + d);
         for (int i = 0; i < Q; ++i) s[i][l] += q[i] * k;
       }
@@ -152,6 +168,8 @@ FASTLM_INLINE void add_weighted(float* const* sums, const float* const* weights,
     const T* row = values.row(j) + d;
     vf v[N];
     for (int i = 0; i < N; ++i) v[i] = widen(row + i * kLanes);
+    for (int i = 0; i < N; ++i)
+      if (begins_line<T>(i * kLanes)) __builtin_prefetch(row + i * kLanes + kValuesAhead * values.stride);
     for (int q = 0; q < Q; ++q) {
       const vf w = broadcast(weights[q][j]);
       for (int i = 0; i < N; ++i) s[q][i] += w * v[i];
@@ -225,7 +243,7 @@ static void score(const Query* queries, Rows<T> keys, int64_t low, int64_t high,
       scale[l] = keys.scale(j, dim);
     }
     vf sums[Q][kLanes];
-    dots<Q>(vectors, key, dim, sums);
+    dots<Q>(vectors, key, keys.stride, dim, sums);
     for (int q = 0; q < Q; ++q) store(&scores[q][block], reduce_each(sums[q]) * load(scale));
   }
 }

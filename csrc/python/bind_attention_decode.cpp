@@ -17,10 +17,10 @@ void copy_strides(int64_t (&to)[3], const Sizes& from, const char* name) {
   for (int i = 0; i < 3; ++i) to[i] = from[i];
 }
 
-void run(address query, const Sizes& query_shape, const Sizes& query_stride, int type, address key,
-         const Sizes& key_shape, const Sizes& key_stride, address value, const Sizes& value_stride, address lengths, address rows,
-         address slopes, int64_t slopes_stride, float scale, float softcap, int64_t window, address output,
-         int threads) {
+// All of a call but its addresses: what shapes, strides and options say, checked once.
+AttentionDecode plan(const Sizes& query_shape, const Sizes& query_stride, int type, const Sizes& key_shape,
+                     const Sizes& key_stride, const Sizes& value_stride, int64_t slopes_stride, float scale,
+                     float softcap, int64_t window) {
   AttentionDecode a = {};
   a.batch = query_shape[0];
   a.heads = query_shape[1];
@@ -32,20 +32,25 @@ void run(address query, const Sizes& query_shape, const Sizes& query_stride, int
   if (a.dim < 1 || a.dim > kAttentionDecodeMaxDim || key_shape[3] != kv_width(a.dim, kv_type(type)) || a.kv_heads < 1 ||
       a.heads % a.kv_heads != 0)
     throw py::value_error("attention_decode: the shapes of query and key_cache do not fit");
-  a.query = pointer<const float>(query);
   a.type = kv_type(type);
-  a.key = pointer<const void>(key);
-  a.value = pointer<const void>(value);
   copy_strides(a.query_stride, query_stride, "query");
   copy_strides(a.key_stride, key_stride, "key_cache");
   copy_strides(a.value_stride, value_stride, "value_cache");
-  a.lengths = pointer<const int64_t>(lengths);
-  a.rows = pointer<const int64_t>(rows);
-  a.slopes = pointer<const float>(slopes);
   a.slopes_stride = slopes_stride;
   a.scale = scale;
   a.softcap = softcap;
   a.window = window > 0 ? window : std::numeric_limits<int64_t>::max();
+  return a;
+}
+
+void run(AttentionDecode a, address query, address key, address value, address lengths, address rows, address slopes,
+         address output, int threads) {
+  a.query = pointer<const float>(query);
+  a.key = pointer<const void>(key);
+  a.value = pointer<const void>(value);
+  a.lengths = pointer<const int64_t>(lengths);
+  a.rows = pointer<const int64_t>(rows);
+  a.slopes = pointer<const float>(slopes);
   a.output = pointer<float>(output);
   a.threads = threads;
   if (const int64_t bad = attention_decode_check(a)) {
@@ -67,6 +72,10 @@ void run(address query, const Sizes& query_shape, const Sizes& query_stride, int
 
 }  // namespace
 
-void bind_attention_decode(py::module_& m) { m.def("attention_decode", &run); }
+void bind_attention_decode(py::module_& m) {
+  py::class_<AttentionDecode>(m, "AttentionDecode", "A call of attention_decode without its addresses.")
+      .def(py::init(&plan))
+      .def("__call__", &run);
+}
 
 }  // namespace fastlm

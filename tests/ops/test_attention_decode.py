@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -114,8 +115,15 @@ def test_naive_loops_agree(isa: str) -> None:
 
 def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args, options = _case(3, 6, 2, 3, 33, [3, 300, 513], 520)
-    monkeypatch.setattr(torch, "empty", lambda shape: torch.full(shape, torch.nan))
+    empty, made = torch.empty_strided, []
+
+    def nan(shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+        made.append(empty(shape, stride, dtype=dtype).fill_(torch.nan))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty_strided", nan)
     assert kernel.attention_decode(*args, options["rows"], 0.1, None, None, None).isfinite().all()
+    assert made
 
 
 def test_any_layout_of_cache_and_query(isa: str) -> None:
@@ -245,6 +253,83 @@ def test_errors_name_the_argument(backend: str, change: dict[str, Any], message:
     }
     with ops.backend(backend), pytest.raises(ValueError, match=r"^attention_decode: " + message):
         ops.attention_decode(**{**call, **change})
+
+
+def _repeated(change: str) -> None:
+    """Inference asks again with other tensors, of which one thing differs: it must not get what was found before."""
+    op = import_module("fastlm.ops.attention_decode")
+    op._CALLS.clear()
+    args, options = _case(2, 4, 2, 3, 10, [7, 9], 12)
+    wide = torch.randn(2, 4, 3, 20)
+    with torch.no_grad():
+        for _ in range(2):
+            compare(ops.attention_decode, args, options)
+            query, keys, values, lengths = args
+            changed = {
+                "nothing": args,
+                "values": (torch.randn_like(query), keys.clone(), values.clone(), lengths - 1),
+                "query strides": (wide[..., :10], keys, values, lengths),
+                "cache strides": (query, torch.randn(4, 12, 2, 10).transpose(1, 2), values, lengths),
+                "value strides": (query, keys, torch.randn(4, 12, 2, 10).transpose(1, 2), lengths),
+                "batch": (query[:1], keys, values, lengths[:1]),
+                "tokens": (query[:, :, :1], keys, values, lengths),
+                "positions": (query, keys[:, :, :10], values[:, :, :10], lengths),
+            }
+            others = {
+                "scale": {"scale": 0.3},
+                "window": {"window": 4},
+                "softcap": {"softcap": 2.0},
+                "slopes": {"alibi_slopes": torch.rand(4)},
+                "no rows": {"rows": None},
+            }
+            more = {**options, **others.get(change, {})}
+            if change == "batch":
+                more["rows"] = more["rows"][:1]
+            if change == "no rows":
+                keys, values = keys.nan_to_num(), values.nan_to_num()
+                changed[change] = (query, keys, values, lengths)
+            compare(ops.attention_decode, changed.get(change, args), more)
+        assert len(op._CALLS) == (1 if change in ("nothing", "values", "slopes") else 2)
+        # What was found of the shapes says nothing of the numbers.
+        with pytest.raises(ValueError, match=r"lengths\[1\] is 13, expected from 3 .* to 12"):
+            ops.attention_decode(*args[:3], torch.tensor([7, 13]), **options)
+        with pytest.raises(ValueError, match=r"lengths is .*int32"):
+            ops.attention_decode(*args[:3], args[3].int(), **options)
+
+
+_CHANGES = [
+    *("nothing", "values", "query strides", "cache strides", "value strides", "batch", "tokens", "positions"),
+    *("scale", "window", "softcap", "slopes", "no rows"),
+]
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+def test_what_was_found_for_a_call_serves_calls_like_it_alone(change: str) -> None:
+    _repeated(change)
+
+
+@pytest.mark.parametrize("change", ["query strides", "window", "tokens"])
+def test_planted_fault_calls_taken_for_like_are_found(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = import_module("fastlm.ops.attention_decode")
+
+    class Blind(dict[Any, Any]):
+        def get(self, key: Any, default: Any = None) -> Any:
+            return next(iter(self.values()), default)
+
+    monkeypatch.setattr(op, "_CALLS", Blind())
+    with pytest.raises((AssertionError, ValueError)):
+        _repeated(change)
+
+
+@pytest.mark.parametrize("forced", ["reference", "cpu"])
+def test_a_forced_backend_is_asked_even_so(forced: str) -> None:
+    args, options = _case(2, 4, 2, 1, 10, [7, 9], 12)
+    with torch.no_grad():
+        free = ops.attention_decode(*args, **options)
+        with ops.backend(forced):
+            got = ops.attention_decode(*args, **options)
+        assert ops.explain("attention_decode", *args, **options).chosen == "cpu"
+    assert torch.equal(free, got) == (forced == "cpu")
 
 
 def test_what_the_kernel_leaves_to_others() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlm.kernels import native
 from fastlm.kernels.cpu.elementwise import KV_TYPES
 
-__all__ = ["attention_decode", "why_not"]
+__all__ = ["Call", "attention_decode", "why_not"]
 
 _MAX_DIM = 256
 
@@ -64,26 +64,66 @@ def attention_decode(
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(torch.float32).contiguous()
         slopes_stride = query.shape[1] if alibi_slopes.dim() == 2 else 0
-    batch, heads, tokens, dim = query.shape
-    output = query.new_empty((batch, tokens, heads, dim))
-    native.CPU.require().attention_decode(
-        query.data_ptr(),
-        query.shape,
-        query.stride(),
-        KV_TYPES[key_cache.dtype],
-        key_cache.data_ptr(),
-        key_cache.shape,
-        key_cache.stride(),
-        value_cache.data_ptr(),
-        value_cache.stride(),
-        lengths.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
-        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
-        slopes_stride,
-        scale,
-        softcap or 0.0,
-        window or 0,
-        output.data_ptr(),
-        native.num_threads(),
-    )
-    return output.transpose(1, 2)
+    call = Call(query, key_cache, value_cache, scale, window, softcap, slopes_stride)
+    return call(query, key_cache, value_cache, lengths, rows, alibi_slopes)
+
+
+class Call:
+    """A call of `attention_decode` for all tensors of the same shapes, strides and dtypes as these.
+
+    Args:
+        query: its last dimension contiguous, as those of the caches.
+        slopes_stride: H where ALiBi slopes are [B, H], else 0.
+    """
+
+    __slots__ = ("_run", "_shape", "_stride")
+
+    def __init__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        slopes_stride: int = 0,
+    ) -> None:
+        self._shape = query.shape
+        heads, tokens, dim = self._shape[1:]
+        # Contiguous as [B, T, H, D], which the projection behind it reads.
+        self._stride = (tokens * heads * dim, dim, heads * dim, 1)
+        self._run = native.CPU.require().AttentionDecode(
+            query.shape,
+            query.stride(),
+            KV_TYPES[key_cache.dtype],
+            key_cache.shape,
+            key_cache.stride(),
+            value_cache.stride(),
+            slopes_stride,
+            scale,
+            softcap or 0.0,
+            window or 0,
+        )
+
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        lengths: Tensor,
+        rows: Tensor | None,
+        slopes: Tensor | None = None,
+    ) -> Tensor:
+        """Lengths, rows and slopes contiguous, the slopes float32."""
+        output = torch.empty_strided(self._shape, self._stride, dtype=torch.float32)
+        self._run(
+            query.data_ptr(),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            lengths.data_ptr(),
+            0 if rows is None else rows.data_ptr(),
+            0 if slopes is None else slopes.data_ptr(),
+            output.data_ptr(),
+            native.num_threads(),
+        )
+        return output
