@@ -19,6 +19,7 @@ from fastlm.ops.library import (
     triton_why_not,
 )
 from fastlm.ops.registry import Implementation, Op, always
+from fastlm.ops.softmax_loss import torch_softmax_loss
 from fastlm.reference import cross_entropy as reference
 
 __all__ = ["cross_entropy"]
@@ -29,30 +30,6 @@ _REDUCTIONS = ("none", "mean", "sum")
 _CHUNK_ELEMENTS = 1 << 24
 
 _Gradients = tuple[Tensor, Tensor, Tensor]  # for hidden, weight and bias; empty where not wanted
-
-
-def _softmax_loss(
-    logits: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, smoothing: float, factor: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Losses [C] of logits [C, V] + bias and, with a factor [C], their gradient p - y times the factor."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    kept = target != ignore_index
-    index = torch.where(kept, target, 0)[:, None]
-    if bias is not None:
-        logits.add_(bias)
-    logits.sub_(logits.amax(dim=1, keepdim=True))
-    expected = logits.gather(1, index)[:, 0]
-    if smoothing:
-        expected = torch.lerp(expected, logits.mean(dim=1), smoothing)
-    p = logits.exp_()
-    total = p.sum(dim=1)
-    losses = torch.where(kept, total.log() - expected, 0.0)
-    if factor is not None:
-        p.mul_((factor / total)[:, None])
-        if smoothing:
-            p.sub_((factor * (smoothing / p.shape[1]))[:, None])
-        p.scatter_add_(1, index, (factor * (smoothing - 1))[:, None])
-    return losses, p
 
 
 _TRITON = triton_kernel("cross_entropy", "softmax_loss")
@@ -95,7 +72,7 @@ def _sweep(
             slopes = torch.mm(h, weight.T, out=rows[:, :vocabulary])
             losses[part] = _TRITON(slopes, *options)
         else:
-            losses[part], slopes = _softmax_loss(h @ weight.T, *options)
+            losses[part], slopes = torch_softmax_loss(h @ weight.T, *options)
         if factor is None:
             continue
         grad_logits = slopes.to(hidden.dtype)
