@@ -100,7 +100,7 @@ def empty(*shape: int) -> torch.Tensor:
 
     Touching new memory costs a fault for each page of 4 KB, about as much as filling it.
     """
-    found = torch.empty(shape)
+    found = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
     if found.nbytes >= _HUGE:
         CPU.require().use_huge_pages(found.data_ptr(), found.nbytes)
     return found

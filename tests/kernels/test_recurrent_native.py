@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastlm
 from fastlm import ops
-from fastlm.kernels import native
+from fastlm.kernels import native, packing
 from fastlm.kernels.cpu import recurrent
 
 pytestmark = pytest.mark.skipif(native.CPU.module is None, reason=str(native.CPU.error))
@@ -184,6 +184,21 @@ def test_strided_arguments(isa: str, cell: str) -> None:
             assert torch.equal(found[name], expected[name]), name
         else:  # of torch's products, whose order of summation is torch's own
             torch.testing.assert_close(found[name], expected[name], msg=name)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_defaults_of_dtype_and_device_do_not_matter(cell: str) -> None:
+    case = Case(cell, 12, 35, RAGGED, reverse=False)
+    expected = case.native()
+    packing.clear()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found = case.native()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(torch.equal(found[name], expected[name]) for name in NAMES)
 
 
 def test_refuses_a_second_derivative() -> None:

@@ -60,7 +60,7 @@ class Gradients(NamedTuple):
 
 def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None) -> _Packed:
     biases = [bias.detach().float() for bias in (b_ih, b_hh) if bias is not None]
-    total = sum(biases[1:], biases[0]) if biases else torch.zeros(w_ih.shape[0])
+    total = sum(biases[1:], biases[0]) if biases else w_ih.new_zeros(w_ih.shape[0], dtype=torch.float32)
     shared = pack(w_ih.t(), gates=4), pack(w_hh.t(), gates=4), pack(total[None], gates=4)
     projection = None if w_hr is None else pack(w_hr.t())
     rows, inputs = w_ih.shape
@@ -129,13 +129,13 @@ def layer_forward(
     hidden = c0.shape[1]
     packed = pack_layer(w_ih, w_hh, b_ih, b_hh, w_hr)
     input, h0, c0 = input.contiguous(), h0.contiguous(), c0.contiguous()
-    output, h_n, c_n = input.new_empty(rows, outputs), torch.empty_like(h0), torch.empty_like(c0)
+    output, h_n, c_n = native.empty(rows, outputs), torch.empty_like(h0), torch.empty_like(c0)
     gates = cells = unprojected = None
     if save:
         lanes = module.simd_lanes()
         gates = native.empty(-(-hidden // lanes), rows, 4, lanes)
         cells = native.empty(rows, hidden)
-        unprojected = None if w_hr is None else torch.empty_like(cells)
+        unprojected = None if w_hr is None else native.empty(rows, hidden)
     scratch = input.new_empty(module.lstm_forward_scratch(batch, hidden, outputs, w_hr is not None, save))
     module.lstm_forward(
         batch_sizes,
@@ -226,12 +226,12 @@ def layer_backward(
     )
     grad_bias = grad_gates.sum(0) if needs[3] or needs[4] else None
     return Gradients(
-        grad_gates @ w_ih.detach().float() if needs[0] else None,
-        weight_gradient(grad_gates, input) if needs[1] else None,
-        None if previous is None else weight_gradient(grad_gates, previous),
+        product(grad_gates, w_ih.float()) if needs[0] else None,
+        product(grad_gates.t(), input) if needs[1] else None,
+        None if previous is None else product(grad_gates.t(), previous),
         grad_bias if needs[3] else None,
         grad_bias.clone() if needs[4] and grad_bias is not None else None,
-        weight_gradient(grad_projected, unprojected)
+        product(grad_projected.t(), unprojected)
         if needs[5] and grad_projected is not None and unprojected is not None
         else None,
         grad_h0 if needs[6] else None,
@@ -239,9 +239,10 @@ def layer_backward(
     )
 
 
-def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
-    """The gradient of a weight by which `rows` [N, K] were multiplied, given that of the product [N, M]: [M, K]."""
-    return torch.mm(grad.t(), rows.detach(), out=native.empty(grad.shape[1], rows.shape[1]))
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of float32 matrices, without autograd, in memory that is quick to touch (`native.empty`)."""
+    out = native.empty(left.shape[0], right.shape[1])
+    return torch.mm(left.detach(), right.detach(), out=out)
 
 
 def cell(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu.lstm import pack_columns, pack_layer
+from fastlm.kernels.cpu.lstm import pack_columns, pack_layer, product
 from fastlm.kernels.packing import cached, pack
 
 __all__ = ["Saved", "layer_backward", "layer_forward"]
@@ -95,9 +95,9 @@ def layer_forward(
     if save:
         lanes = module.simd_lanes()
         tiles = (-(-hidden // lanes), rows, 4, lanes)
-        saved["gates"], saved["cells"] = input.new_empty(tiles), input.new_empty(rows, hidden)
+        saved["gates"], saved["cells"] = native.empty(*tiles), native.empty(rows, hidden)
         if norms[0] is not None:
-            saved["raw_ih"], saved["raw_hh"] = input.new_empty(rows, 4 * hidden), input.new_empty(tiles)
+            saved["raw_ih"], saved["raw_hh"] = native.empty(rows, 4 * hidden), native.empty(*tiles)
             saved["stats"] = input.new_empty(6, rows)
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
     given = {"input": input, "w_ih": packed.w_ih, "w_hh": packed.w_hh, "bias": packed.bias, "h0": h0}
@@ -146,7 +146,7 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
     norm = norms[0] is not None
 
     def gates_wide() -> Tensor:
-        return input.new_empty(rows, 4 * hidden)
+        return native.empty(rows, 4 * hidden)
 
     grad_gates = gates_wide()
     grad_raw_hh = gates_wide() if norm else grad_gates
@@ -183,9 +183,9 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
         )
     of_bias = grad_gates.sum(0) if needs[3] or needs[4] else None
     return (
-        grad_raw_ih @ w_ih.detach().float() if needs[0] else None,
-        grad_raw_ih.t() @ input.detach() if needs[1] else None,
-        None if previous is None else grad_raw_hh.t() @ previous,
+        product(grad_raw_ih, w_ih.float()) if needs[0] else None,
+        product(grad_raw_ih.t(), input) if needs[1] else None,
+        None if previous is None else product(grad_raw_hh.t(), previous),
         of_bias if needs[3] else None,
         of_bias.clone() if needs[4] and of_bias is not None else None,
         of_ln_ih if needs[5] else None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu.lstm import pack_columns, weight_gradient
+from fastlm.kernels.cpu.lstm import pack_columns, product
 from fastlm.kernels.packing import cached, pack
 
 __all__ = ["Saved", "layer_backward", "layer_forward"]
@@ -38,7 +38,8 @@ class _Packed(NamedTuple):
 
 def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> _Packed:
     rows, hidden = w_hh.shape
-    of_x, of_h = (torch.zeros(rows) if bias is None else bias.detach().float() for bias in (b_ih, b_hh))
+    none = w_hh.new_zeros(rows, dtype=torch.float32)
+    of_x, of_h = (none if bias is None else bias.detach().float() for bias in (b_ih, b_hh))
     gates = rows // hidden
     if gates == 1:
         return _Packed(pack(w_ih.t()), pack(w_hh.t()), pack((of_x + of_h)[None]))
@@ -78,7 +79,7 @@ def layer_forward(
     input, h0 = input.contiguous(), h0.contiguous()
     rows, inputs = input.shape
     batch, hidden = h0.shape
-    output, h_n = input.new_empty(rows, hidden), torch.empty_like(h0)
+    output, h_n = native.empty(rows, hidden), torch.empty_like(h0)
     gates = None
     if save and cell == "gru":
         lanes = module.simd_lanes()
@@ -131,7 +132,7 @@ def layer_backward(
     rows, (batch, hidden) = input.shape[0], h0.shape
     grads = [None if grad is None else grad.contiguous() for grad in (grad_output, grad_h_n)]
     of_h = native.empty(rows, w_hh.shape[0])
-    of_x = of_h if gates is None else torch.empty_like(of_h)
+    of_x = of_h if gates is None else native.empty(rows, w_hh.shape[0])
     previous = native.empty(rows, hidden) if needs[3] else None
     grad_h0 = torch.empty_like(h0)
     columns = cached("columns", (w_hh,), pack_columns)
@@ -155,10 +156,10 @@ def layer_backward(
         native.num_threads(),
     )
     return (
-        of_x @ w_ih.detach().float() if needs[0] else None,
+        product(of_x, w_ih.float()) if needs[0] else None,
         grad_h0 if needs[1] else None,
-        weight_gradient(of_x, input) if needs[2] else None,
-        None if previous is None else weight_gradient(of_h, previous),
+        product(of_x.t(), input) if needs[2] else None,
+        None if previous is None else product(of_h.t(), previous),
         of_x.sum(0) if needs[4] else None,
         of_h.sum(0) if needs[5] else None,
     )
