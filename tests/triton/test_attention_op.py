@@ -13,6 +13,7 @@ from torch import Tensor
 from triton_attention import Case, build, compare
 
 from fastlm import ops
+from fastlm.kernels.triton import attention as attention_kernels
 from fastlm.kernels.triton import attention_config
 from fastlm.kernels.triton.attention_config import Config
 
@@ -153,3 +154,20 @@ def test_tiles_shrink_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tried[-1] == Config(32, 16, 8, 1)
     with pytest.raises(RuntimeError, match="no tiles of forward fit"):
         attention_config.run_best("forward", query, 64, "a third", lambda config: run(config, 0))
+
+
+@pytest.mark.parametrize(("options", "features"), [({"causal": True, "window": 9}, 16), ({"softcap": 2.0}, 32)])
+def test_options_take_smaller_tiles_in_the_backward(
+    device: str, options: dict[str, Any], features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, int] = {}
+
+    def note(name: str, query: Tensor, features: int, *rest: Any) -> None:
+        asked[name] = features
+        attention_config.run_best(name, query, features, *rest)
+
+    monkeypatch.setattr(attention_kernels, "run_best", note)
+    query, key, value = (t.requires_grad_() for t in _inputs(device, 5, 5))
+    with ops.backend("triton"):
+        torch.autograd.grad(ops.attention(query, key, value, **options).sum(), query)
+    assert asked == {"forward": 16, "grad_key_value": features, "grad_query": 16}

@@ -177,9 +177,12 @@ def attention_backward(
     def of_queries(config: Config) -> None:
         call.launch(attention_grad_query, config, triton.cdiv(call.queries, config.block_m) * heads)
 
+    # What options add to a weight's gradient takes the registers that twice the features would.
+    laden = any(option is not None for option in (o.mask, o.alibi_slopes, o.seed, o.softcap))
+    as_of = min(call.features * (2 if laden else 1), 128 if query.dtype is torch.float32 else 256)
     with _on(query):
         call.launch(attention_delta, _DELTA, triton.cdiv(call.queries, _DELTA.block_m) * heads)
-        run_best("grad_key_value", query, call.features, call.variant, of_keys)
+        run_best("grad_key_value", query, as_of, call.variant, of_keys)
         run_best("grad_query", query, call.features, call.variant, of_queries)
     grad_sinks = None
     if o.sinks is not None:

@@ -44,7 +44,7 @@ def _halves(codes, at, mask, KIND: tl.constexpr):
         high = _float(tl.load(codes + at + 16, mask=mask, other=0) ^ 0x80, 128)
     else:
         zero: tl.constexpr = 8 if KIND == "Q4_0" else 0
-        both = tl.load(codes + at, mask=mask, other=0)
+        both = tl.load(codes + at, mask=mask, other=0).to(tl.int32)
         # The high nibble where it is counts 16 times; a multiplication and subtraction in one undo it exactly.
         low, high = _float(both & 15, zero), _float(both & 0xF0, 0) * 0.0625 - zero
     return low, high
