@@ -17,17 +17,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastlm.generation.capture import Captured, CaptureError, Refused
+from fastlm.generation.capture import Refused
 from fastlm.generation.draft import Draft, PromptLookup, common
-from fastlm.generation.graph import Graph, records, sampling_device
-from fastlm.generation.lanes import Lanes, Request, dense_bias
+from fastlm.generation.lanes import Request, dense_bias
 from fastlm.generation.params import SamplingParams, as_ids
+from fastlm.generation.recordings import Recordings
 from fastlm.generation.speculative import Pace
-from fastlm.kernels import native
 from fastlm.models.base import CausalLM
 from fastlm.nn.state import KVCache
-from fastlm.ops import offset
-from fastlm.ops.registry import choosing
 
 __all__ = ["Engine", "FinishReason", "Token"]
 
@@ -47,16 +44,6 @@ class Token:
     id: int
     logprob: float | None
     finish: FinishReason | None
-
-
-@dataclass
-class _Recording:
-    """A step for one size of batch: its tensors, what was recorded, and whom the tensors were filled with last."""
-
-    lanes: Lanes
-    captured: Captured | Graph | None = None
-    logits: Tensor | None = None
-    requests: tuple[Request, ...] = ()
 
 
 class Engine:
@@ -111,16 +98,12 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []
         self._count = 0
-        self._recordings: dict[tuple[int, int, bool, bool], _Recording] = {}
-        self._current: _Recording | None = None  # the one whose tensors hold the requests' present state
-        self._sampling = sampling_device(model.device)
-        self._samples_on_device = self._sampling == model.device
+        self._recordings = Recordings(model, self._state, self._stop_ids, self._max_length, capture=capture)
         self._pace = Pace()
         # A recurrent state cannot be shortened: what it was after so many tokens.
         self._marks: dict[int, Callable[[], None]] | None = (
             {} if rewritable and not isinstance(self._state, KVCache) else None
         )
-        self._why_not_captured: str | None = None if capture else "capture=False"
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -130,7 +113,7 @@ class Engine:
     @property
     def why_not_captured(self) -> str | None:
         """Why steps run op by op; None where they are replayed, or none has been tried yet."""
-        return self._why_not_captured
+        return self._recordings.why_not
 
     def submit(
         self, prompt: Sequence[int], params: SamplingParams, *, sequence: int = 0, draft: Draft | None = None
@@ -196,11 +179,11 @@ class Engine:
             self._marks[known]()
         if self._marks is not None:
             self._marks.clear()
-        step = self._place([request], 1).captured
+        step = self._recordings.of([request], 1).captured
         if step is not None and known == len(ids) - 2:  # replayed, it reads one token sooner than op by op
             request.ids = list(ids[:-1])
-            self._current = None
-            self._recording([request], 1)
+            self._recordings.stale()
+            self._recordings.filled([request], 1)
             step.run(1)
         elif known < len(ids) - 1:
             missing = torch.tensor([list(ids[known:-1])], dtype=torch.int64, device=self._model.device)
@@ -208,7 +191,7 @@ class Engine:
             for chunk in missing.split(_PREFILL_CHUNK, dim=1):
                 self._model.hidden(chunk, state)
         request.ids = list(ids)
-        self._current = None
+        self._recordings.stale()
 
     def cancel(self, number: int) -> None:
         """Ends a request from outside: it takes no part in further steps."""
@@ -251,9 +234,9 @@ class Engine:
         for chunk in ids.split(_PREFILL_CHUNK, dim=1):
             hidden = self._model.hidden(chunk, state)
         logits = self._model.head(hidden[:, -1:])[:, -1]
-        recording = self._place([request], 1)
+        recording = self._recordings.of([request], 1)
         recording.lanes.fill([request], self._stop_ids)
-        self._current = None
+        self._recordings.stale()
         token = int(recording.lanes.sample(logits))
         self._active.append(request)
         return request, token, logits
@@ -290,12 +273,12 @@ class Engine:
             if guessed:
                 return guessed
             ahead = min(ahead, max(1 if running[0].guessing else _UNGUESSED, self._pace.waiting))
-        recording = self._recording(running, 1)
+        recording = self._recordings.filled(running, 1)
         if self._marks is not None:
             ahead = 1
             self._marks[len(running[0].ids) - 1] = self._state.snapshot()
         if recording.captured is None:
-            self._record(recording)
+            self._recordings.record(recording)
             assert recording.logits is not None
             return [(recording.lanes.tokens.tolist(), recording.logits)]
         assert recording.logits is not None
@@ -306,7 +289,7 @@ class Engine:
         try:
             steps = recording.captured.run(limit, self._stop_ids)
         except Refused:
-            self._current = None
+            self._recordings.stale()
             recording.lanes.sample(recording.logits)  # says what is wrong with the logits
             raise
         self._pace.plain(time.perf_counter() - start, len(steps))
@@ -315,10 +298,10 @@ class Engine:
     def _guess(self, request: Request) -> list[tuple[list[int], Tensor]]:
         """Guessed tokens that proved right and the one after them; nothing where a plain step is the better choice."""
         count = request.params.draft_tokens
-        if self._pace.waiting or self._steps_left(request) < count + 1 or self._why_not_captured is not None:
+        if self._pace.waiting or self._steps_left(request) < count + 1 or self._recordings.why_not is not None:
             return []
         assert request.draft is not None
-        recorded = self._place([request], count + 1).captured is not None
+        recorded = self._recordings.of([request], count + 1).captured is not None
         start = time.perf_counter()
         if not request.guessing:
             found = request.draft.rehearse(request.ids, request.prompt_length, count)
@@ -329,9 +312,9 @@ class Engine:
         guesses = request.draft.propose(request.ids, count)[:count]
         if not guesses or (not recorded and len(guesses) < count):
             return []
-        recording = self._recording([request], count + 1, guesses)
+        recording = self._recordings.filled([request], count + 1, guesses)
         if not recorded:
-            self._record(recording)
+            self._recordings.record(recording)
             tokens: list[int] = recording.lanes.tokens.tolist()
         else:
             assert recording.captured is not None
@@ -341,98 +324,12 @@ class Engine:
             right += 1
         # The step has appended the last token and all guesses; what follows a wrong one is forgotten.
         self._state.lengths[request.slot] -= count - right
-        self._current = None
+        self._recordings.stale()
         account = self._pace.guessed if recorded and request.guessing else self._pace.begun
         account(time.perf_counter() - start, right + 1)
         request.guessing = True
         assert recording.logits is not None
         return [([token], recording.logits[at : at + 1]) for at, token in enumerate(tokens[: right + 1])]
-
-    def _place(self, requests: list[Request], width: int) -> _Recording:
-        penalised = any(request.params.penalised for request in requests)
-        biased = any(request.bias is not None or request.params.min_new_tokens for request in requests)
-        key = (len(requests), width, penalised, biased)
-        if key not in self._recordings:
-            history = 0
-            if penalised:
-                longest = max(len(r.ids) + r.params.max_new_tokens for r in requests) + width
-                history = longest if self._max_length is None else self._max_length + width
-            self._recordings[key] = _Recording(
-                Lanes(
-                    len(requests),
-                    width,
-                    history=history,
-                    biased=self._model.config.vocab_size if biased else 0,
-                    device=self._model.device,
-                    sampling=self._sampling,
-                )
-            )
-        return self._recordings[key]
-
-    def _recording(self, requests: list[Request], width: int, guesses: Sequence[int] = ()) -> _Recording:
-        """The step for these requests, its tensors filled with their state."""
-        recording = self._place(requests, width)
-        if self._current is not recording or recording.requests != tuple(requests):
-            recording.lanes.fill(requests, self._stop_ids, guesses)
-            recording.requests = tuple(requests)
-            self._current = recording
-        return recording
-
-    def _record(self, recording: _Recording) -> None:
-        """Runs a step, and records it if it can be."""
-
-        lanes = recording.lanes
-
-        def forward() -> Tensor:
-            return self._model.head(self._model.hidden(lanes.ids, self._state, lanes.index)).flatten(0, 1)
-
-        def draw(logits: Tensor) -> None:
-            tokens = lanes.sample(logits)
-            offset(tokens, out=lanes.tokens)
-            if lanes.width == 1:
-                lanes.feed(tokens)
-
-        def step() -> Tensor:
-            logits = forward()
-            draw(logits)
-            return logits
-
-        def snapshot() -> Callable[[], None]:
-            state, inputs = self._state.snapshot(), lanes.snapshot()
-
-            def restore() -> None:
-                state()
-                inputs()
-
-            return restore
-
-        if self._why_not_captured is None:
-            self._why_not_captured = self._obstacle()
-        if self._why_not_captured is None:
-            restore = snapshot()  # the step may have run when it turns out that it can't be recorded
-            try:
-                device = self._model.device
-                if not records(device):
-                    recording.captured = Captured(step, lanes.tokens)
-                elif self._samples_on_device:
-                    recording.captured = Graph(device, step, lanes.tokens, snapshot)
-                else:
-                    recording.captured = Graph(device, forward, lanes.tokens, snapshot, after=draw)
-                recording.logits = recording.captured.result
-                return
-            except CaptureError as error:
-                self._why_not_captured = str(error)
-                restore()
-        recording.logits = step()
-
-    def _obstacle(self) -> str | None:
-        device = self._model.device
-        if not records(device):
-            if device.type != "cpu":
-                return f"the model is on {device}"
-            if native.CPU.module is None:
-                return native.CPU.error
-        return None if choosing() else "a backend is forced"
 
     def _steps_left(self, request: Request) -> int:
         """Steps before something must be looked at: at least 1."""
@@ -462,5 +359,5 @@ class Engine:
             if finish is not None:
                 self._leave(request)
             elif was_early and not request.early:
-                self._current = None  # stop tokens are allowed now
+                self._recordings.stale()  # stop tokens are allowed now
         return tokens

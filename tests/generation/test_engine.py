@@ -6,6 +6,7 @@ import pytest
 from tiny_models import TINY, VOCAB, spread
 
 from fastlm.generation import Engine, SamplingParams
+from fastlm.generation.recordings import Recordings
 from fastlm.models.base import CausalLM
 
 
@@ -76,8 +77,8 @@ def test_requests_do_not_notice_each_other(
 
 def test_recordings_are_used_again(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    record = Engine._record
-    monkeypatch.setattr(Engine, "_record", lambda self, what: (made.append(what), record(self, what))[1])
+    record = Recordings.record
+    monkeypatch.setattr(Recordings, "record", lambda self, what: (made.append(what), record(self, what))[1])
     engine = Engine(model, rows=2, max_length=48)
     for number in range(6):
         engine.submit([number + 1, 2], SamplingParams(max_new_tokens=4 + number, seed=number))

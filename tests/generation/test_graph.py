@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastlm
 from fastlm import ops
-from fastlm.generation import Decoder, SamplingParams, engine
+from fastlm.generation import Decoder, SamplingParams, recordings
 from fastlm.generation.capture import CaptureError, Refused
 from fastlm.generation.graph import Graph, sampling_device
 from fastlm.generation.lanes import Lanes
@@ -38,7 +38,7 @@ def model(request: pytest.FixtureRequest) -> CausalLM:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[CudaGraph]:
     """CPU tensors treated as a device's: graphs emulated, torch operations alone, no value looked at."""
-    monkeypatch.setattr(engine, "records", lambda device: True)
+    monkeypatch.setattr(recordings, "records", lambda device: True)
     monkeypatch.setattr(native.CPU, "module", None)
     monkeypatch.setattr(native.CPU, "error", "not for a device")
     monkeypatch.setattr(ATTENTION_DECODE, "implementations", (Implementation("torch", _torch_run, always),))
@@ -61,7 +61,7 @@ def _run(
 ) -> tuple[Tokens, Decoder]:
     """Tokens request by request, and the decoder."""
     decoder = Decoder(model, PROMPTS, SamplingParams.of(seed=3, **options), stop_ids=stop, capture=capture)
-    decoder._engine._samples_on_device = on_device
+    decoder._engine._recordings._samples_on_device = on_device
     tokens = []
     while decoder.active:
         tokens += [(t.row, t.id, t.logprob, t.finish) for t in decoder.step(ahead)]

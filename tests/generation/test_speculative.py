@@ -286,7 +286,8 @@ def test_nothing_is_recorded_for_guesses_that_are_never_right(model: CausalLM) -
     while decoder.active:
         decoder.step(4)
     assert not draft.asked
-    assert [place.lanes.width for place in decoder._engine._recordings.values() if place.captured is not None] == [1]
+    places = decoder._engine._recordings._all.values()
+    assert [place.lanes.width for place in places if place.captured is not None] == [1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
