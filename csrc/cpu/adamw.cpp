@@ -92,7 +92,8 @@ void adamw(const AdamW& a) {
     double squares = 0;
     for (int64_t part = 0; part < parts; ++part) squares += a.scratch[part];
     const double norm = __builtin_sqrt(squares), limit = a.max_norm / (norm + 1e-6);
-    const float clip = limit > 1 ? 1.0f : static_cast<float>(limit);  // NaN stays
+    // What is not finite stays so where there is clipping, and stays in its place where there is none.
+    const float clip = limit > 1 || a.max_norm == __builtin_inf() ? 1.0f : static_cast<float>(limit);
     each_part(a, mine, [&](const AdamWTensor& t, int64_t begin, int64_t end, int64_t) { update(t, clip, begin, end); });
     barrier.wait();  // everybody has read the steps
     if (thread != 0) return;

@@ -47,7 +47,9 @@ FASTLM_INLINE void one_row(const SoftmaxLoss& a, int64_t row, float* x) {
   }
   // exp(-inf) is a denormal here, which a row with a loss does not notice.
   const float total = reduce_add(totals[0] + totals[1]);
-  a.losses[row] = __builtin_logf(total) - (chosen + a.smoothing * (mean - chosen));
+  // Infinite for a target that cannot be; a product with 0 would make it NaN.
+  const float expected = a.smoothing != 0 ? (1 - a.smoothing) * chosen + a.smoothing * mean : chosen;
+  a.losses[row] = __builtin_logf(total) - expected;
   if (a.factors == nullptr) return;
   const float factor = a.factors[row], scale = factor / total;
   const float less = factor * a.smoothing / static_cast<float>(n);

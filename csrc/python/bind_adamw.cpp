@@ -20,7 +20,8 @@ float step(const std::vector<Addresses>& addresses, const std::vector<int64_t>& 
       const std::size_t at = tensors.size();
       if (at >= addresses.size() || at >= counts.size()) throw py::value_error("adamw: groups of more parameters");
       const auto& [parameter, gradient, first, second, steps] = addresses[at];
-      if (counts[at] < 0 || gradient == 0 || (parameter != 0 && (first == 0 || second == 0 || steps == 0)))
+      const bool lacks = gradient == 0 || (parameter != 0 && (first == 0 || second == 0 || steps == 0));
+      if (counts[at] < 0 || (counts[at] > 0 && lacks))
         throw py::value_error("adamw: a parameter without gradient or state");
       tensors.push_back({pointer<float>(parameter), pointer<float>(gradient), pointer<float>(first),
                          pointer<float>(second), pointer<float>(steps), counts[at], options[0], options[1], options[2],

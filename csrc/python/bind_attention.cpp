@@ -86,6 +86,7 @@ void backward(const py::tuple& forward_arguments, const py::tuple& grad_output, 
                   f[7].cast<float>(), f[8].cast<float>(), f[9].cast<int64_t>(), f[10].cast<bool>(), f[11],
                   f[12].cast<address>(), f[13].cast<bool>(), f[14].cast<int>());
   const Attention& a = g.a;
+  if (a.lse == nullptr) throw py::value_error("attention_backward: no log-sum-exp");
   const Sizes query = {a.batch, a.heads, a.queries, a.dim};
   const Sizes key = {a.batch, a.kv_heads, a.keys, a.dim}, value = {a.batch, a.kv_heads, a.keys, a.value_dim};
   Tensor(grad_output)

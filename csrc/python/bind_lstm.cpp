@@ -5,6 +5,7 @@
 #endif
 
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -182,17 +183,19 @@ void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int6
                address bias, address h0, address output, address h_n, address gates, int threads) {
   check_batch_sizes(batch_sizes, rows, batch);
   check(inputs >= 1 && hidden >= 1, "recurrent_forward: sizes must be positive");
+  check(kind == RecurrentCell::gru || gates == 0, "recurrent_forward: only a GRU has gates to keep");
   const auto floats = recurrent_forward_scratch(kind, rows, batch, hidden);
   auto* const memory = static_cast<float*>(scratch(floats * sizeof(float)));
   RecurrentForward args = {kind, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
                            pointer<const float>(input), bfloat, pointer<const void>(w_ih), pointer<const void>(w_hh),
                            pointer<const float>(bias), pointer<const float>(h0), reverse, pointer<float>(output),
                            pointer<float>(h_n), pointer<float>(gates), memory, threads};
-  if (Program* const program = recording())
-    program->add([args, sizes = batch_sizes]() mutable {
-      args.batch_sizes = sizes.data();
-      return recurrent_forward(args), int64_t{-1};
-    });
+  if (Program* const program = recording()) {
+    const auto sizes = std::make_shared<const std::vector<int64_t>>(batch_sizes);
+    RecurrentForward kept = args;
+    kept.batch_sizes = sizes->data();
+    program->add([kept, sizes] { return recurrent_forward(kept), int64_t{-1}; });
+  }
   py::gil_scoped_release unlocked;
   recurrent_forward(args);
 }

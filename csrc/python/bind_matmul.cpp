@@ -14,6 +14,8 @@ void bind_matmul(py::module_& m) {
         if (rows < 0 || columns < 0 || depth < 0 || threads < 1 || a_stride < (a_transposed ? rows : depth) ||
             b_stride < (b_transposed ? depth : columns))
           throw py::value_error("matmul: a size or stride out of range");
+        if (rows > 0 && columns > 0 && (c == 0 || (depth > 0 && (a == 0 || b == 0))))
+          throw py::value_error("matmul: a matrix has no address");
         Matmul x = {{pointer<const void>(a), a_stride, a_transposed, a_bfloats},
                     {pointer<const void>(b), b_stride, b_transposed, b_bfloats},
                     pointer<const float>(bias),

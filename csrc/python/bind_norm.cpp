@@ -20,6 +20,7 @@ void bind_norm(py::module_& m) {
       [](address input, address weight, address bias, address output, address statistics, int64_t rows, int64_t dim,
          float eps, bool centre, bool bfloats, int threads, address added, address sum, bool added_bfloats) {
         check_norm(rows, dim, threads);
+        if (added != 0 && sum == 0) throw py::value_error("norm: `added` without a place for the sum");
         launch(&norm, {pointer<const float>(input), pointer<const float>(weight), pointer<const float>(bias),
                        pointer<void>(output), pointer<float>(statistics), rows, dim, eps, centre, bfloats, threads,
                        pointer<const void>(added), pointer<float>(sum), added_bfloats});

@@ -94,5 +94,10 @@ FASTLM_TEST(adamw_not_finite) {
     fastlm::adamw({&tensor, 1, 1.0, &norm, &scratch, 1});
     CHECK(!std::isfinite(norm));
     CHECK(std::isnan(p.value[7]));
+    Parameter alone(20, false, 1);
+    alone.gradient[7] = bad;
+    tensor = alone.tensor(0.01, 0);
+    fastlm::adamw({&tensor, 1, std::numeric_limits<double>::infinity(), &norm, &scratch, 1});
+    for (int64_t i = 0; i < 20; ++i) CHECK(std::isfinite(alone.value[i]) == (i != 7));
   }
 }

@@ -2,6 +2,7 @@
 // behind what is written, and the same bits for any number of threads and rows.
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "check.h"
@@ -90,4 +91,12 @@ FASTLM_TEST(softmax_loss_every_length) {
         CHECK(evaluated.losses == one.losses);
         CHECK(std::memcmp(evaluated.gradient.data(), logits.data(), logits.size() * sizeof(float)) == 0);
       }
+}
+
+FASTLM_TEST(softmax_loss_of_a_target_that_cannot_be) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (float smoothing : {0.0f, 0.1f}) {
+    const Result result = run({0.0f, 0.0f}, {0.0f, -infinity}, {1}, {1.0f}, 2, smoothing, false, 1);
+    CHECK(result.losses[0] == infinity);
+  }
 }

@@ -6,6 +6,7 @@ structure is read here, every count and offset checked against the file's size. 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import struct
@@ -212,7 +213,8 @@ class GGUFFile:
         info = self.tensors[name]
         first, last = -(-info.offset // mmap.PAGESIZE), (info.offset + info.nbytes) // mmap.PAGESIZE
         if first < last and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+            with contextlib.suppress(OSError):  # locked memory stays
+                self._map.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
     def resident(self, name: str) -> Weight:
         """`tensor` for products on this CPU: floats as a copy in huge pages, whose place in the file is released."""

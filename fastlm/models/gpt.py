@@ -12,7 +12,7 @@ from fastlm.models.base import CausalLM, ModelConfig, State, initialize
 from fastlm.nn.attention import Attention, RotaryTables
 from fastlm.nn.linear import Linear
 from fastlm.nn.mlp import MLP
-from fastlm.nn.norm import LayerNorm
+from fastlm.nn.norm import LayerNorm, add_norm
 from fastlm.nn.rotary import Rotary
 from fastlm.nn.state import KVCache, KVStep, Rows
 
@@ -72,9 +72,9 @@ class GPTLayer(nn.Module):
         self, branch: Tensor, x: Tensor | None, rotary: RotaryTables | None, step: KVStep | None, layer: int
     ) -> tuple[Tensor, Tensor]:
         """The layer at branch + x, each [B, T, hidden_size], as such a pair: what follows adds and normalises."""
-        h, x = self.attention_norm.add(branch, x)
+        h, x = add_norm(self.attention_norm, branch, x)
         branch = functional.dropout(self.attention(h, rotary, step, layer), self.dropout, self.training)
-        h, x = self.mlp_norm.add(branch, x)
+        h, x = add_norm(self.mlp_norm, branch, x)
         return functional.dropout(self.mlp(h), self.dropout, self.training), x
 
 
@@ -113,7 +113,7 @@ class GPT(CausalLM):
             branch, x = self.run_layer(layer, branch, x, tables, step, index)
         if state is not None:
             state.advance(count, rows)
-        return self.norm.add(branch, x)[0]
+        return add_norm(self.norm, branch, x)[0]
 
     def make_state(self, rows: int, max_length: int | None = None, *, kv_dtype: torch.dtype | None = None) -> KVCache:
         """An empty KV cache; see `CausalLM.make_state`."""

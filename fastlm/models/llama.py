@@ -12,7 +12,7 @@ from fastlm.models.base import CausalLM, ModelConfig, State, initialize
 from fastlm.nn.attention import Attention, RotaryTables
 from fastlm.nn.linear import Linear
 from fastlm.nn.mlp import SwiGLU
-from fastlm.nn.norm import RMSNorm
+from fastlm.nn.norm import RMSNorm, add_norm
 from fastlm.nn.rotary import Rotary
 from fastlm.nn.state import KVCache, KVStep, Rows
 
@@ -107,8 +107,8 @@ class LlamaLayer(nn.Module):
         self, branch: Tensor, x: Tensor | None, rotary: RotaryTables, step: KVStep | None, layer: int
     ) -> tuple[Tensor, Tensor]:
         """The layer at branch + x, each [B, T, hidden_size], as such a pair: what follows adds and normalises."""
-        h, x = self.attention_norm.add(branch, x)
-        h, x = self.mlp_norm.add(self.attention(h, rotary, step, layer), x)
+        h, x = add_norm(self.attention_norm, branch, x)
+        h, x = add_norm(self.mlp_norm, self.attention(h, rotary, step, layer), x)
         return self.mlp(h), x
 
 
@@ -140,7 +140,7 @@ class Llama(CausalLM):
             branch, x = self.run_layer(layer, branch, x, rotary, step, index)
         if state is not None:
             state.advance(count, rows)
-        return self.norm.add(branch, x)[0]
+        return add_norm(self.norm, branch, x)[0]
 
     def make_state(self, rows: int, max_length: int | None = None, *, kv_dtype: torch.dtype | None = None) -> KVCache:
         """An empty KV cache; see `CausalLM.make_state`."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.nn.hooks import untouched
 from fastlm.ops.quantized import QuantizedTensor
 
 __all__ = ["Linear", "QuantizedLinear", "plain", "project"]
@@ -67,10 +68,7 @@ def plain(*layers: nn.Module) -> bool:
 
 
 def _untouched(*layers: nn.Module) -> bool:
-    return all(
-        type(layer) in (Linear, QuantizedLinear) and not (layer._forward_hooks or layer._forward_pre_hooks)
-        for layer in layers
-    )
+    return all(type(layer) in (Linear, QuantizedLinear) for layer in layers) and untouched(*layers)
 
 
 def apply_to_weight(fn: Callable[[Tensor], Tensor], weight: QuantizedTensor) -> QuantizedTensor:

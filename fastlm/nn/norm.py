@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastlm.nn.hooks import untouched
 from fastlm.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = ["LayerNorm", "RMSNorm", "add_norm"]
 
 
 def _last(input: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
@@ -24,13 +25,6 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
 class LayerNorm(torch.nn.LayerNorm):
     """`torch.nn.LayerNorm`, computed by `fastlm.ops.layer_norm`."""
 
-    def add(self, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of input + residual, and that sum; without a residual, of input alone."""
-        if residual is not None and input.shape[-1:] == self.normalized_shape:
-            return add_layer_norm(input, residual, self.weight, self.bias, eps=self.eps)
-        total = input if residual is None else input + residual
-        return self(total), total
-
     def forward(self, input: Tensor) -> Tensor:
         """Normalises the last dimensions of input [..., *normalized_shape]."""
         if input.shape[-1:] == self.normalized_shape:
@@ -42,16 +36,26 @@ class LayerNorm(torch.nn.LayerNorm):
 class RMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm`, computed by `fastlm.ops.rms_norm`. As there, eps None means the input dtype's epsilon."""
 
-    def add(self, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of input + residual, and that sum; without a residual, of input alone."""
-        if residual is not None and input.shape[-1:] == self.normalized_shape and self.eps is not None:
-            return add_rms_norm(input, residual, self.weight, eps=self.eps)
-        total = input if residual is None else input + residual
-        return self(total), total
-
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimensions of input [..., *normalized_shape]."""
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         if x.shape[-1:] == self.normalized_shape:
             return rms_norm(x, self.weight, eps=eps)
         return rms_norm(_last(x, self.normalized_shape, "RMSNorm"), _flat(self.weight), eps=eps).view(x.shape)
+
+
+def add_norm(norm: nn.Module, input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm of input + residual, and that sum; without a residual, of input alone.
+
+    One op for both where `norm` is one of ours that nothing has replaced or hooks into.
+    """
+    if residual is None:
+        return norm(input), input
+    if type(norm) in (LayerNorm, RMSNorm) and input.shape[-1:] == norm.normalized_shape and untouched(norm):
+        if isinstance(norm, LayerNorm):
+            return add_layer_norm(input, residual, norm.weight, norm.bias, eps=norm.eps)
+        assert isinstance(norm, RMSNorm)
+        if norm.eps is not None:
+            return add_rms_norm(input, residual, norm.weight, eps=norm.eps)
+    total = input + residual
+    return norm(total), total

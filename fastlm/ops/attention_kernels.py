@@ -137,7 +137,7 @@ def _cpu_lse_why_not(query: Tensor, key: Tensor, value: Tensor, *options: Any) -
 
 def dropout_seed(query: Tensor, dropout_p: float) -> Tensor | None:
     """What a call draws for its dropout, int64 [1]."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), device=query.device) if dropout_p > 0 else None
+    return torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0 else None
 
 
 def by_triton(query: Tensor, key: Tensor, value: Tensor, o: Options) -> tuple[Tensor, Tensor]:

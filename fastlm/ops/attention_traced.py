@@ -57,7 +57,11 @@ def _drawing(seed: Tensor | None) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng(devices=[seed.device] if seed.is_cuda else []):
-        torch.manual_seed(int(seed))
+        if seed.is_cuda:  # this device's generator alone, where torch.manual_seed would seed every device's
+            with torch.cuda.device(seed.device):
+                torch.cuda.manual_seed(int(seed))
+        else:
+            torch.default_generator.manual_seed(int(seed))
         yield
 
 

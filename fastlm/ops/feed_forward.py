@@ -88,7 +88,12 @@ def feed_forward(
         raise ValueError("feed_forward: gate_bias is given, expected None without a gate")
     parameters = gate, gate_bias, up, up_bias, down, down_bias
     fits = (
-        input.shape[-1:] == up.shape[1:] and up.shape[:1] == down.shape[1:] and (gate is None or gate.shape == up.shape)
+        (up.dim(), down.dim()) == (2, 2)
+        and input.shape[-1:] == up.shape[1:]
+        and up.shape[:1] == down.shape[1:]
+        and (gate is None or gate.shape == up.shape)
+        and all(bias is None or bias.shape == up.shape[:1] for bias in (gate_bias, up_bias))
+        and (down_bias is None or down_bias.shape == down.shape[:1])
     )
     if fits and not tracing() and is_mixed(input, *parameters):
         result: Tensor = _MixedFeedForward.apply(input, *parameters)

@@ -20,7 +20,8 @@ def torch_softmax_loss(
     logits.sub_(logits.amax(dim=1, keepdim=True))
     expected = logits.gather(1, index)[:, 0]
     if smoothing:
-        expected = torch.lerp(expected, logits.mean(dim=1), smoothing)
+        # Not lerp: it subtracts, and for a target that cannot be that is infinity from infinity.
+        expected = (1 - smoothing) * expected + smoothing * logits.mean(dim=1)
     p = logits.exp_()
     total = p.sum(dim=1)
     losses = torch.where(kept, total.log() - expected, 0.0)

@@ -79,16 +79,20 @@ def clip_and_update(
     members = [[_tensors(optimizer, p) for p in group["params"] if p.grad is not None] for group in groups]
     every = [*(AdamWTensors(None, gradient) for gradient in others), *(t for some in members for t in some)]
     if not every:
-        return torch.zeros(())
+        return torch.zeros((), device=groups[0]["params"][0].device if groups and groups[0]["params"] else "cpu")
     options = [(g["lr"], g["weight_decay"], *g["betas"], g["eps"]) for g in groups]
     plain = grad_scale is None and found_inf is None and not any(isinstance(g["lr"], Tensor) for g in groups)
     if plain and native.CPU.module is not None and all(map(fits, every)):
         calls = [*zip(members, options, strict=True), (every[: len(others)], (0.0,) * 5)]
-        return torch.tensor(adamw(calls, max_norm))
+        return torch.tensor(adamw(calls, max_norm), device="cpu")
     gradients = [tensors.gradient for tensors in every]
     norm = nn.utils.get_total_norm(gradients)
+    if grad_scale is not None:  # torch's kernel divides the gradients by it
+        norm = norm / grad_scale.to(norm.device)
     if max_norm is not None:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for device in {gradient.device for gradient in gradients}:
+            torch._foreach_mul_([gradient for gradient in gradients if gradient.device == device], clip.to(device))
     for some, group in zip(members, groups, strict=True):
         if some:
             parameters, grads, first, second, steps = map(list, zip(*some, strict=True))
@@ -113,5 +117,11 @@ def _tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> AdamWTensor
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    step = state["step"]  # which torch leaves on the CPU if it saved it there
+    if step.device != parameter.device or step.dtype is not torch.float32:
+        state["step"] = step.to(parameter.device, torch.float32)
     assert parameter.grad is not None
+    for name in ("exp_avg", "exp_avg_sq"):  # torch's load_state_dict does not look
+        if state[name].shape != parameter.shape:
+            raise ValueError(f"{name}: {list(state[name].shape)} in the state, expected {list(parameter.shape)}")
     return AdamWTensors(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,11 @@ def test_linux_gives_huge_pages() -> None:
         pytest.skip("this system has no transparent huge pages")
     piece = memory.take(2 * memory.ARENA).fill_(1)
     assert huge_kilobytes(piece.data_ptr() + len(piece) // 2) >= 2048
+
+
+def test_threads_never_share_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "ARENA", 1 << 14)
+    with ThreadPoolExecutor(8) as pool:
+        taken = [t for some in pool.map(lambda _: [memory.take(640) for _ in range(100)], range(8)) for t in some]
+    starts = sorted(t.data_ptr() for t in taken)
+    assert all(b - a >= 640 for a, b in pairwise(starts))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import TINY
 
 from fastlm.nn.norm import LayerNorm, RMSNorm
 
@@ -42,3 +43,18 @@ def test_swaps_with_torch(pair: int, shape: Any, dtype: torch.dtype) -> None:
 def test_a_wrong_shape_is_named(module: Any) -> None:
     with pytest.raises(ValueError, match=r"input has shape \[2, 5\], expected \[..., 4, 6\]"):
         module((4, 6))(torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_a_models_norms_can_be_hooked_and_replaced(family: str) -> None:
+    model = TINY[family]()
+    ids, called = torch.tensor([[1, 2, 3]]), []
+    want = model(ids)
+    norms = [module for module in model.modules() if isinstance(module, (LayerNorm, RMSNorm))]
+    handles = [norm.register_forward_hook(lambda *_: called.append(1)) for norm in norms]
+    torch.testing.assert_close(model(ids), want)
+    assert len(called) == len(norms)
+    for handle in handles:
+        handle.remove()
+    model.norm = torch.nn.Identity()
+    assert not torch.allclose(model(ids), want)

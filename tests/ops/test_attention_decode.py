@@ -117,8 +117,8 @@ def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> N
     args, options = _case(3, 6, 2, 3, 33, [3, 300, 513], 520)
     empty, made = torch.empty_strided, []
 
-    def nan(shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:
-        made.append(empty(shape, stride, dtype=dtype).fill_(torch.nan))
+    def nan(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        made.append(empty(shape, stride, dtype=dtype, device=device).fill_(torch.nan))
         return made[-1]
 
     monkeypatch.setattr(torch, "empty_strided", nan)
@@ -319,6 +319,18 @@ def test_planted_fault_calls_taken_for_like_are_found(change: str, monkeypatch: 
     monkeypatch.setattr(op, "_CALLS", Blind())
     with pytest.raises((AssertionError, ValueError)):
         _repeated(change)
+
+
+def test_the_default_device_does_not_matter(isa: str) -> None:
+    args, options = _case(2, 4, 2, 1, 10, [7, 9], 12)
+    with torch.no_grad():
+        expected = ops.attention_decode(*args, **options)
+        torch.set_default_device("meta")
+        try:
+            found = ops.attention_decode(*args, **options)
+        finally:
+            torch.set_default_device(None)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("forced", ["reference", "cpu"])

@@ -127,6 +127,16 @@ def test_as_accurate_as_torch_in_the_same_dtype(backend: str, dtype: torch.dtype
         assert_close_to_reference(fast, same, exact)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_target_that_cannot_be_costs_infinitely(backend: str, smoothing: float) -> None:
+    hidden, weight = torch.ones(2, 4), torch.zeros(3, 4)
+    bias, target = torch.tensor([0.0, -torch.inf, 0.0]), torch.tensor([1, 1])
+    with ops.backend(backend):
+        loss = ops.cross_entropy(hidden, weight, target, bias=bias, label_smoothing=smoothing, reduction="none")
+    assert loss.tolist() == [torch.inf, torch.inf]
+
+
 def _native_pair(
     smoothing: float, with_bias: bool, vocabulary: int, dtype: torch.dtype, ignore: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

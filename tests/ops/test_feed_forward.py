@@ -117,11 +117,14 @@ def test_a_replaced_or_hooked_layer_is_called() -> None:
         handle = getattr(block, name).register_forward_hook(lambda *_: called.append(1))
         torch.testing.assert_close(block(x), plain)
         handle.remove()
+        handle = block.down.register_full_backward_hook(lambda *_: called.append(1))
+        block(x.clone().requires_grad_()).sum().backward()
+        handle.remove()
         twice = Twice(8, 16)
         twice.load_state_dict(getattr(block, name).state_dict() | {"bias": torch.zeros(16)})
         setattr(block, name, twice)
         assert not torch.allclose(block(x), plain)
-    assert called == [1, 1]
+    assert called == [1, 1, 1, 1]
 
 
 def test_traced_and_second_derivatives() -> None:
@@ -138,3 +141,5 @@ def test_errors_name_the_argument() -> None:
         ops.feed_forward(x, up, down, gate_bias=torch.randn(16))
     with pytest.raises(ValueError, match=r"linear: input is float32 \[2, 7\]"):
         ops.feed_forward(x[:, :7], up, down)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="bias"):
+        ops.feed_forward(x.requires_grad_(), up, down, up_bias=torch.zeros(1))

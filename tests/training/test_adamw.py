@@ -202,3 +202,30 @@ def test_what_it_cannot_do_is_refused() -> None:
     optimizer.load_state_dict(torch.optim.AdamW([parameter], amsgrad=True).state_dict())
     with pytest.raises(ValueError, match="amsgrad: True in a parameter group"):
         optimizer.step()
+
+
+def test_state_of_another_shape_is_refused() -> None:
+    small, large = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(20, 30))
+    other = torch.optim.AdamW([small])
+    small.grad = torch.ones(2, 3)
+    other.step()
+    optimizer = AdamW([large])
+    optimizer.load_state_dict(other.state_dict())
+    large.grad = torch.ones(20, 30)
+    with pytest.raises(ValueError, match=r"exp_avg: \[2, 3\] in the state, expected \[20, 30\]"):
+        optimizer.step()
+
+
+def test_an_empty_parameter_is_no_obstacle() -> None:
+    empty, other = nn.Parameter(torch.ones(0, 4)), nn.Parameter(torch.ones(3))
+    empty.grad, other.grad = torch.ones(0, 4), torch.ones(3)
+    AdamW([empty, other], lr=0.1).step(max_norm=1.0)
+    assert other[0] < 1
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 1e30])
+def test_unclipped_what_is_not_finite_stays_in_its_place(bad: float) -> None:
+    one, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    one.grad, other.grad = torch.tensor([1.0, bad, 1.0]), torch.ones(2)
+    AdamW([one, other], lr=0.1).step()
+    assert one[[0, 2]].isfinite().all() and other.isfinite().all()

@@ -115,7 +115,7 @@ class Call:
         slopes: Tensor | None = None,
     ) -> Tensor:
         """Lengths, rows and slopes contiguous, the slopes float32."""
-        output = torch.empty_strided(self._shape, self._stride, dtype=torch.float32)
+        output = torch.empty_strided(self._shape, self._stride, dtype=torch.float32, device=query.device)
         self._run(
             query.data_ptr(),
             key_cache.data_ptr(),

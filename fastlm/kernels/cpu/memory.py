@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
 
 import torch
 from torch import Tensor
@@ -16,28 +17,30 @@ CPU = torch.device("cpu")  # buffers are here whatever torch's default device an
 ARENA = 32 << 20
 """Bytes taken from the system at a time, so that even a small weight lies in a huge page."""
 
+_LOCK = threading.Lock()
 _arena, _used = mmap.mmap(-1, mmap.PAGESIZE), mmap.PAGESIZE
 
 
 def take(size: int) -> Tensor:
     """`size` new bytes aligned to 64, a storage of their own, which keep the arena that they are in alive."""
     global _arena, _used
-    if _used + size > len(_arena):
-        capacity = max(size, ARENA)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # Private: what mmap shares, as it does by default, is of another kind, which seldom has huge pages.
-            _arena = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):  # a kernel without them
-                _arena.madvise(mmap.MADV_HUGEPAGE)
-        else:
-            _arena = mmap.mmap(-1, capacity)
-        _used = 0
-    start, _used = _used, _used + size + -size % 64
-    return (
-        torch.frombuffer(_arena, dtype=torch.uint8, count=size, offset=start)
-        if size
-        else torch.empty(0, dtype=torch.uint8, device=CPU)
-    )
+    with _LOCK:
+        if _used + size > len(_arena):
+            capacity = max(size, ARENA)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                # Private: what mmap shares, as it does by default, is of another kind, which seldom has huge pages.
+                _arena = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                with contextlib.suppress(OSError):  # a kernel without them
+                    _arena.madvise(mmap.MADV_HUGEPAGE)
+            else:
+                _arena = mmap.mmap(-1, capacity)
+            _used = 0
+        start, _used = _used, _used + size + -size % 64
+        return (
+            torch.frombuffer(_arena, dtype=torch.uint8, count=size, offset=start)
+            if size
+            else torch.empty(0, dtype=torch.uint8, device=CPU)
+        )
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
