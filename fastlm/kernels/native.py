@@ -92,6 +92,12 @@ class NativeModule:
 CPU = NativeModule("_native")
 CUDA = NativeModule("_cuda")
 
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's data begin, as bindings take it; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 _HUGE = 1 << 21  # bytes from which new memory asks for pages of this size
 
 

@@ -19,7 +19,7 @@ def activation(function: str, input: Tensor, factor: Tensor | None = None) -> Te
     output = torch.empty_like(x)
     native.CPU.require().activation(
         x.data_ptr(),
-        0 if u is None else u.data_ptr(),
+        native.address(u),
         output.data_ptr(),
         x.numel(),
         _CODES[function],
@@ -39,9 +39,9 @@ def activation_backward(
     native.CPU.require().activation_backward(
         g.data_ptr(),
         x.data_ptr(),
-        0 if u is None else u.data_ptr(),
+        native.address(u),
         grad_input.data_ptr(),
-        0 if grad_factor is None else grad_factor.data_ptr(),
+        native.address(grad_factor),
         x.numel(),
         _CODES[function],
         x.dtype is torch.bfloat16,

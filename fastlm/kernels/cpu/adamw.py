@@ -41,7 +41,7 @@ def adamw(
     """
     every = [tensors for group, _ in groups for tensors in group]
     norm: float = native.CPU.require().adamw(
-        [tuple(0 if t is None else t.data_ptr() for t in tensors) for tensors in every],
+        [tuple(native.address(t) for t in tensors) for tensors in every],
         [tensors.gradient.numel() for tensors in every],
         [(len(group), options) for group, options in groups],
         math.inf if max_norm is None else max_norm,

@@ -121,8 +121,8 @@ class Call:
             key_cache.data_ptr(),
             value_cache.data_ptr(),
             lengths.data_ptr(),
-            0 if rows is None else rows.data_ptr(),
-            0 if slopes is None else slopes.data_ptr(),
+            native.address(rows),
+            native.address(slopes),
             output.data_ptr(),
             native.num_threads(),
         )

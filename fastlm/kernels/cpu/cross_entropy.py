@@ -23,9 +23,9 @@ def softmax_loss(
     t, f = target.contiguous(), None if factors is None else factors.contiguous()
     native.CPU.require().softmax_loss(
         logits.data_ptr(),
-        0 if b is None else b.data_ptr(),
+        native.address(b),
         t.data_ptr(),
-        0 if f is None else f.data_ptr(),
+        native.address(f),
         losses.data_ptr(),
         *logits.shape,
         ignore_index,

@@ -13,10 +13,6 @@ KV_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """The dtypes of a key-value cache and their numbers in csrc/include/fastlm/kv_append.h."""
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def add(a: Tensor, b: Tensor, output: Tensor) -> None:
     """output = a + b: contiguous float32 of one size; the output may be one of them."""
     native.CPU.require().add(a.data_ptr(), b.data_ptr(), output.data_ptr(), a.numel(), native.num_threads())
@@ -44,10 +40,10 @@ def copy_rows(
     native.CPU.require().copy_rows(
         source.data_ptr(),
         len(source),
-        _address(source_index),
+        native.address(source_index),
         target.data_ptr(),
         len(target),
-        _address(target_index),
+        native.address(target_index),
         rows,
         size,
     )
@@ -62,11 +58,11 @@ def offset(
     native.CPU.require().offset(
         source.data_ptr(),
         len(source),
-        _address(source_index),
+        native.address(source_index),
         amount,
         target.data_ptr(),
         len(target),
-        _address(target_index),
+        native.address(target_index),
         count,
     )
 
@@ -87,6 +83,6 @@ def kv_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: 
         values.data_ptr(),
         values.stride(),
         starts.data_ptr(),
-        _address(rows),
+        native.address(rows),
         native.num_threads(),
     )

@@ -49,7 +49,7 @@ def linear(
             kept.append(bias)
         y = x.new_empty((*batch, size))
         outputs.append(y)
-        calls.append((weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), size, code))
+        calls.append((weight.data_ptr(), native.address(bias), y.data_ptr(), size, code))
     module = native.CPU.module or native.CPU.require()
     module.linear(x.data_ptr(), calls, rounding, math.prod(batch), columns, native.num_threads())
     return outputs if dtype is torch.float32 else [y.to(dtype) for y in outputs]
@@ -67,7 +67,7 @@ def dequantize_rows(
     module = native.CPU.require()
     bad: int = module.dequantize_rows(
         weight.data_ptr(),
-        0 if ids is None else ids.data_ptr(),
+        native.address(ids),
         output.data_ptr(),
         first,
         rows,

@@ -88,10 +88,6 @@ def pack_layer(
     return cached("lstm", given, _pack)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def layer_forward(
     input: Tensor,
     batch_sizes: Sequence[int],
@@ -150,15 +146,15 @@ def layer_forward(
         packed.w_ih.data_ptr(),
         packed.w_hh.data_ptr(),
         packed.bias.data_ptr(),
-        _address(packed.w_hr),
+        native.address(packed.w_hr),
         h0.data_ptr(),
         c0.data_ptr(),
         output.data_ptr(),
         h_n.data_ptr(),
         c_n.data_ptr(),
-        _address(gates),
-        _address(cells),
-        _address(unprojected),
+        native.address(gates),
+        native.address(cells),
+        native.address(unprojected),
         scratch.data_ptr(),
         native.num_threads(),
     )
@@ -207,18 +203,18 @@ def layer_backward(
         outputs,
         saved.reverse,
         columns.data_ptr(),
-        _address(projection),
+        native.address(projection),
         h0.data_ptr(),
         c0.data_ptr(),
         output.data_ptr(),
         gates.data_ptr(),
         cells.data_ptr(),
-        _address(grads[0]),
-        _address(grads[1]),
-        _address(grads[2]),
+        native.address(grads[0]),
+        native.address(grads[1]),
+        native.address(grads[2]),
         grad_gates.data_ptr(),
-        _address(grad_projected),
-        _address(previous),
+        native.address(grad_projected),
+        native.address(previous),
         grad_h0.data_ptr(),
         grad_c0.data_ptr(),
         scratch.data_ptr(),
@@ -299,7 +295,7 @@ def _cell(packed: _Packed, input: Tensor, h: Tensor, c: Tensor, output: Tensor |
         *packed.addresses,
         h_out.data_ptr(),
         c_out.data_ptr(),
-        0 if output is None else output.data_ptr(),
+        native.address(output),
         native.num_threads(),
     )
     return h_out, c_out

@@ -43,7 +43,7 @@ def matmul(
         b.shape[1],
         turn_b,
         b.dtype is torch.bfloat16,
-        0 if bias is None else bias.data_ptr(),
+        native.address(bias),
         output.data_ptr(),
         dtype is torch.bfloat16,
         rows,

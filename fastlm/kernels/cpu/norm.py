@@ -10,10 +10,6 @@ from fastlm.kernels import native
 __all__ = ["norm", "norm_backward"]
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def norm(
     input: Tensor,
     weight: Tensor | None,
@@ -44,18 +40,18 @@ def norm(
     statistics = x.new_empty(rows, 2) if save else None
     native.CPU.require().norm(
         x.data_ptr(),
-        _address(w),
-        _address(b),
+        native.address(w),
+        native.address(b),
         output.data_ptr(),
-        _address(statistics),
+        native.address(statistics),
         rows,
         dim,
         eps,
         centre,
         dtype is torch.bfloat16,
         native.num_threads(),
-        _address(added),
-        _address(total),
+        native.address(added),
+        native.address(total),
         added is not None and added.dtype is torch.bfloat16,
     )
     return output, statistics, total
@@ -85,16 +81,16 @@ def norm_backward(
     native.CPU.require().norm_backward(
         g.data_ptr(),
         x.data_ptr(),
-        _address(w),
+        native.address(w),
         statistics.data_ptr(),
         grad_input.data_ptr(),
-        _address(grad_weight),
-        _address(grad_bias),
+        native.address(grad_weight),
+        native.address(grad_bias),
         len(statistics),
         dim,
         centre,
         g.dtype is torch.bfloat16,
         native.num_threads(),
-        _address(grad_total),
+        native.address(grad_total),
     )
     return grad_input, grad_weight, grad_bias

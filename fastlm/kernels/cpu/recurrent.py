@@ -100,15 +100,11 @@ def layer_forward(
         h0.data_ptr(),
         output.data_ptr(),
         h_n.data_ptr(),
-        _address(gates),
+        native.address(gates),
         native.num_threads(),
     )
     saved = Saved((input, *weights[:2], h0, output, gates), cell, batch_sizes, reverse) if save else None
     return output, h_n, saved
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def layer_backward(
@@ -146,12 +142,12 @@ def layer_backward(
         columns.data_ptr(),
         h0.data_ptr(),
         output.data_ptr(),
-        _address(gates),
-        _address(grads[0]),
-        _address(grads[1]),
+        native.address(gates),
+        native.address(grads[0]),
+        native.address(grads[1]),
         of_x.data_ptr(),
         of_h.data_ptr(),
-        _address(previous),
+        native.address(previous),
         grad_h0.data_ptr(),
         native.num_threads(),
     )

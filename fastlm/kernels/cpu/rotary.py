@@ -24,7 +24,7 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, starts: T
         sin.data_ptr(),
         half,
         half * x.shape[2] if cos.dim() == 3 else 0,
-        0 if starts is None else starts.data_ptr(),
+        native.address(starts),
         output.data_ptr(),
         interleaved,
         native.num_threads(),
