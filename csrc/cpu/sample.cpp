@@ -168,12 +168,10 @@ int64_t keep_top_k(const float* x, int64_t n, float maximum, int64_t k, const Sc
     if (!any(load(s.maxima + g * kLanes) >= threshold)) continue;
     const int64_t end = least((g + 1) * kGroup, n);
     for (int64_t i = g * kGroup; i < end; i += kLanes) {
-      const vf v = load_until(x, i, end, -kInfinity);
-      if (!any(v >= threshold)) continue;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        if (!(v[lane] >= threshold)) continue;
-        s.logits[found] = v[lane];
-        s.ids[found++] = int32_t(i + lane);
+      for (uint32_t lanes = lanes_of(load_until(x, i, end, -kInfinity) >= threshold); lanes; lanes &= lanes - 1) {
+        const int64_t id = i + __builtin_ctz(lanes);
+        s.logits[found] = x[id];
+        s.ids[found++] = int32_t(id);
       }
     }
   }

@@ -8,6 +8,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
 
 #define FASTLM_INLINE static inline __attribute__((always_inline))
 #define FASTLM_MEMBER inline __attribute__((always_inline))
@@ -63,13 +66,22 @@ FASTLM_INLINE uint32_t reduce_add(vu v) {
   for (int i = 0; i < kLanes; ++i) sum += v[i];
   return sum;
 }
-// Whether any lane of a mask is set.
-FASTLM_INLINE bool any(vi mask) {
-  uint64_t words[kLanes / 2], all = 0;
-  std::memcpy(words, &mask, sizeof(words));
-  for (uint64_t word : words) all |= word;
-  return all != 0;
+// A bit for each lane of a mask.
+FASTLM_INLINE uint32_t lanes_of(vi mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)mask));
+#elif defined(__SSE__)
+  return uint32_t(_mm_movemask_ps((__m128)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(mask[i] & 1) << i;
+  return bits;
+#endif
 }
+// Whether any lane of a mask is set.
+FASTLM_INLINE bool any(vi mask) { return lanes_of(mask) != 0; }
 
 FASTLM_INLINE uint32_t bits_of(float x) {
   uint32_t bits;

@@ -14,7 +14,7 @@ inline SampleArgs sample_args(address logits, int64_t row_stride, int64_t batch,
                               const std::array<int64_t, 6>& integers, const std::array<address, 6>& integer_rows,
                               address bias, int64_t bias_stride, address history, int64_t history_stride,
                               int64_t history_length, address tokens) {
-  if (batch < 0 || vocab < 1 || vocab > (int64_t{1} << 24)) throw py::value_error("sample: batch or vocab out of range");
+  if (batch < 0 || vocab < 1 || vocab >= (int64_t{1} << 25)) throw py::value_error("sample: batch or vocab out of range");
   const auto real = [&](int i) { return RealOption{reals[i], pointer<const double>(real_rows[i])}; };
   const auto integer = [&](int i) { return IntegerOption{integers[i], pointer<const int64_t>(integer_rows[i])}; };
   SampleArgs args{};

@@ -134,6 +134,8 @@ def _run(
     """Checks everything but the logits' values, which the implementations check as they go, and runs."""
     if logits.dim() != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
         raise ValueError(f"sample: logits is {describe(logits)}, expected floats of shape [batch, vocabulary >= 1]")
+    if logits.shape[1] > reference.MOST_TOKENS:
+        raise ValueError(f"sample: logits have {logits.shape[1]} tokens, expected at most {reference.MOST_TOKENS}")
     batch = logits.shape[0]
     normalised = [_normalised(index, option, batch) for index, option in enumerate(options)]
     if history is not None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastlm.reference.philox import random64
 
-__all__ = ["Option", "distribution", "processed_logits", "relative_probabilities", "sample"]
+__all__ = ["MOST_TOKENS", "Option", "distribution", "processed_logits", "relative_probabilities", "sample"]
 
 Option = float | int | Tensor
 """A number for all rows or a tensor [B]."""
@@ -33,6 +33,8 @@ Option = float | int | Tensor
 # 2^f = 1 + f * q(f) for |f| <= 1/2, q the minimax polynomial, lowest power first: relative error 9e-8.
 EXP2 = ("0x1.62e42ap-1", "0x1.ebf9bcp-3", "0x1.c6b752p-5", "0x1.3cea88p-7", "0x1.5bba14p-10")
 WEIGHT_BITS = 38
+MOST_TOKENS = 2**25 - 1
+"""The largest vocabulary: the weights' sum is less than 2^63."""
 _SMALLEST, _LARGEST = 2.0**-126, float(torch.finfo(torch.float32).max)
 
 

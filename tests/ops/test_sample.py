@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.kernels import native
-from fastlm.reference.sample import processed_logits, relative_probabilities
+from fastlm.reference.philox import random64
+from fastlm.reference.sample import MOST_TOKENS, processed_logits, relative_probabilities
 
 DRAWS = 20_000
 HISTORY = torch.tensor([4, 4, 9, 9, 9, 17, 2, 2, 25, 9])
@@ -272,6 +273,18 @@ def test_real_vocabulary(isa: str, top_k: int) -> None:
     x = torch.randn(3, 50_257) * 3
     fast, expected = both(x, top_k=top_k, top_p=0.95, temperature=0.9)
     assert torch.equal(fast, expected)
+
+
+@needs_native
+def test_largest_vocabulary() -> None:
+    """torch.multinomial ends at 2^24. Equal logits: the token is known, and the sum of weights the largest there is."""
+    logits = torch.zeros(1, MOST_TOKENS)
+    expected = [random64(seed, 0, 0, 0) * MOST_TOKENS >> 64 for seed in range(4)]
+    assert max(expected) > 2**24
+    with ops.backend("cpu"):
+        assert [ops.sample(logits, seed=seed).item() for seed in range(4)] == expected
+    with pytest.raises(ValueError, match=f"logits have {MOST_TOKENS + 1} tokens, expected at most"):
+        ops.sample(logits.new_zeros(1, 1).expand(1, MOST_TOKENS + 1))
 
 
 @needs_native

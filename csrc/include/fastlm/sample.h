@@ -21,7 +21,7 @@ struct SampleArgs {
   const float* logits;  // [batch, vocab], rows `row_stride` elements apart, each contiguous
   int64_t row_stride;
   int64_t batch;
-  int64_t vocab;  // 1 <= vocab <= 2^24
+  int64_t vocab;  // 1 <= vocab < 2^25, so that the sum of weights is less than 2^63
 
   RealOption temperature;  // >= 0; 0: the largest logit, lowest id
   RealOption top_p;        // (0, 1]
