@@ -16,15 +16,16 @@ from torch.nn.utils.rnn import pack_sequence
 from fastlm import ops
 from fastlm.ops.gru import GRU
 from fastlm.ops.lstm import LSTM
-from fastlm.ops.lstm_variants import LSTM_VARIANT
 from fastlm.ops.recurrent import SequenceOp
+from fastlm.ops.recurrent_variants import GRU_VARIANT, LSTM_VARIANT
 from fastlm.ops.rnn import RNN
 from fastlm.reference import gru, lstm, rnn
 from fastlm.reference.recurrent import Layer, Noise, sequence
 
-SEQUENCES: dict[str, SequenceOp] = {"lstm": LSTM, "lstm_variant": LSTM_VARIANT, "gru": GRU, "rnn": RNN}
-REFERENCES: dict[str, Any] = {"lstm": lstm.lstm, "lstm_variant": lstm.lstm, "gru": gru.gru, "rnn": rnn.rnn}
-GATES = {"lstm": 4, "lstm_variant": 4, "gru": 3, "rnn": 1}
+SEQUENCES: dict[str, SequenceOp] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
+SEQUENCES |= {"lstm_variant": LSTM_VARIANT, "gru_variant": GRU_VARIANT}
+REFERENCES: dict[str, Any] = {"lstm": lstm.lstm, "gru": gru.gru, "rnn": rnn.rnn}
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,28 @@ class Case:
     proj_size: int = 0
     lengths: tuple[int, ...] | None = None  # packed input with rows of these lengths
     nonlinearity: str = "tanh"
-    layer_norm: bool = False  # these two of op "lstm_variant"
-    noise: str = ""  # d: dropout, h: zoneout of h, c: of c, e: zoneout's expectation for both
+    layer_norm: bool = False  # these two of ops "lstm_variant" and "gru_variant"
+    noise: str = ""  # d: dropout, h: zoneout of h, c: of c (which a GRU has not), e: zoneout's expectation
 
     @property
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
 
     @property
+    def cell(self) -> str:
+        return self.op.removesuffix("_variant")
+
+    @property
+    def variant(self) -> bool:
+        return self.op != self.cell
+
+    @property
     def extra(self) -> tuple[Any, ...]:
-        return {"rnn": (self.nonlinearity,), "lstm_variant": (self.layer_norm,)}.get(self.op, ())
+        return (self.layer_norm,) if self.variant else (self.nonlinearity,) if self.op == "rnn" else ()
 
     @property
     def states(self) -> int:
-        return 2 if self.op.startswith("lstm") else 1
+        return 2 if self.cell == "lstm" else 1
 
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the public op."""
@@ -62,7 +71,7 @@ class Case:
         wanted["batch_first"] = self.batch_first
         if self.states == 2:
             wanted["proj_size"] = self.proj_size
-        if self.op == "lstm_variant":
+        if self.variant:
             wanted["layer_norm"] = self.layer_norm
         return wanted | ({"nonlinearity": self.nonlinearity} if self.op == "rnn" else {})
 
@@ -97,7 +106,7 @@ def make_inputs(case: Case) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64)
 
-    gates, hidden, out = GATES[case.op], case.hidden, case.proj_size or case.hidden
+    gates, hidden, out = GATES[case.cell], case.hidden, case.proj_size or case.hidden
     weights = []
     width = case.width
     for _ in range(case.num_layers):
@@ -106,8 +115,9 @@ def make_inputs(case: Case) -> Inputs:
             weights += [normal(gates * hidden), normal(gates * hidden)] if case.bias else []
             weights += [normal(case.proj_size, hidden) / hidden**0.5] if case.proj_size else []
             if case.layer_norm:
-                weights += [1 + normal(size) / 4 for size in (gates * hidden, gates * hidden, hidden)]
-                weights += [normal(hidden) / 4] if case.bias else []
+                sizes = (gates * hidden, gates * hidden, hidden)
+                weights += [1 + normal(size) / 4 for size in sizes[: 1 + case.states]]
+                weights += [normal(hidden) / 4] if case.bias and case.states == 2 else []
         width = out * case.directions
     batch_sizes = None
     if case.lengths is None:
@@ -117,15 +127,14 @@ def make_inputs(case: Case) -> Inputs:
         batch = len(case.lengths)
         packed = pack_sequence([normal(length, case.width) for length in sorted(case.lengths, reverse=True)])
         x, batch_sizes = packed.data, packed.batch_sizes
-    sizes = [out, hidden][: case.states]
-    states = [normal(case.num_layers * case.directions, batch, size) for size in sizes]
+    states = [normal(case.num_layers * case.directions, batch, size) for size in (out, hidden)[: case.states]]
     grads = [normal(*x.shape[:-1], out * case.directions), *(normal(*s.shape) for s in states)]
     return Inputs(x, states, weights, batch_sizes, grads, _noise(case, states, x.shape[:-1].numel()))
 
 
 def _noise(case: Case, states: list[Tensor], rows: int) -> list[Tensor | None]:
     """The mask and shares of a variant. Shares are anything from 0 to 1, which no error in them hides behind."""
-    if case.op != "lstm_variant":
+    if not case.variant:
         return []
 
     def shares(letter: str, state: Tensor) -> Tensor | None:
@@ -135,7 +144,7 @@ def _noise(case: Case, states: list[Tensor], rows: int) -> list[Tensor | None]:
         return torch.rand(size, dtype=torch.float64) if letter in case.noise else None
 
     mask = torch.randint(0, 2, states[0].shape).double() * 1.5 if "d" in case.noise else None
-    return [mask, shares("h", states[0]), shares("c", states[1])]
+    return [mask, *(shares(letter, state) for letter, state in zip("hc", states, strict=False))]
 
 
 Run = Callable[[Case, Inputs], list[Tensor]]
@@ -153,14 +162,14 @@ def call(case: Case, inputs: Inputs) -> list[Tensor]:
 def run_reference(case: Case, inputs: Inputs) -> list[Tensor]:
     """[output, *states] of fastlm.reference."""
     layout = (case.num_layers, case.bidirectional, case.batch_first, case.bias)
-    output, states = REFERENCES[case.op](
+    output, states = REFERENCES[case.cell](
         inputs.input, tuple(inputs.states), inputs.weights, inputs.batch_sizes, *layout, 0.0, *case.extra, *inputs.noise
     )
     return [output, *states]
 
 
 def run_layer(layer: Layer) -> Run:
-    """Runs an LSTM of the given layers."""
+    """Runs an LSTM or a GRU of the given layers."""
 
     def run(case: Case, inputs: Inputs) -> list[Tensor]:
         layout = (case.num_layers, case.bidirectional, case.batch_first, case.bias)
@@ -178,7 +187,7 @@ def run_torch(case: Case, inputs: Inputs) -> list[Tensor]:
 
     Of variants, which torch has not, the reference's.
     """
-    if case.op == "lstm_variant":
+    if case.variant:
         return run_reference(case, inputs)
     function = {"lstm": _VF.lstm, "gru": _VF.gru, "rnn": getattr(_VF, f"rnn_{case.nonlinearity}")}[case.op]
     hx = inputs.states if case.op == "lstm" else inputs.states[0]
@@ -317,7 +326,7 @@ def cases(op: str) -> list[Case]:
 @strategies.composite
 def any_case(draw: Any, op: str) -> Case:
     """Any shape, layout and variant."""
-    variant = op == "lstm_variant"
+    variant = op.endswith("_variant")
     layer_norm = variant and draw(strategies.booleans())
     # Where the variance of a few units nears zero, normalisation makes of any error anything.
     hidden = draw(strategies.integers(8 if layer_norm else 1, 40))

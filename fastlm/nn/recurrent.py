@@ -90,7 +90,68 @@ class _Sequence(torch.nn.RNNBase):
         raise NotImplementedError
 
 
-class LSTM(_Sequence):
+class _Variant(_Sequence):
+    """A module with layer normalisation, recurrent dropout and zoneout."""
+
+    # Of modules that were torch's and became one of these (`fastlm.accelerate`), or were pickled without variants.
+    layer_norm: bool = False
+    recurrent_dropout: float = 0.0
+    zoneout: Any = 0.0
+
+    def _set_variants(self, layer_norm: bool, recurrent_dropout: float, zoneout: Any, device: Any, dtype: Any) -> None:
+        self.layer_norm = layer_norm
+        self.recurrent_dropout = recurrent_dropout
+        self.zoneout = zoneout
+        probabilities = zoneout if isinstance(zoneout, tuple) else (zoneout,)
+        for name, p in (("recurrent_dropout", recurrent_dropout), *(("zoneout", p) for p in probabilities)):
+            if not 0 <= p <= 1:
+                raise ValueError(f"{self.mode}: {name} is {p}, expected a probability")
+        if layer_norm:
+            self._add_norms(device, dtype)
+
+    def _norm_sizes(self) -> dict[str, int]:
+        """The parameters of layer normalisation, in their order."""
+        size = {"LSTM": 4, "GRU": 3}[self.mode] * self.hidden_size
+        return {"weight_ln_ih": size, "weight_ln_hh": size}
+
+    def _add_norms(self, device: Any, dtype: Any) -> None:
+        """The parameters of layer normalisation, each layer's and direction's after its others."""
+        for names in self._all_weights:
+            suffix = names[0].removeprefix("weight_ih")
+            for name, size in self._norm_sizes().items():
+                self.register_parameter(
+                    name + suffix, torch.nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+                )
+                names.append(name + suffix)
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+        self._reset_norms()
+
+    def reset_parameters(self) -> None:
+        """As torch's; gains of layer normalisation are ones, and biases zeros."""
+        super().reset_parameters()
+        self._reset_norms()
+
+    def _reset_norms(self) -> None:
+        for name, parameter in self.named_parameters():
+            if "_ln_" in name:
+                torch.nn.init.constant_(parameter, float(name.startswith("weight")))
+
+    def flatten_parameters(self) -> None:
+        """As torch's: for cuDNN, which knows no layer normalisation."""
+        if not self.layer_norm:
+            super().flatten_parameters()
+
+    def extra_repr(self) -> str:
+        """As torch's, and the variants."""
+        shown = super().extra_repr()
+        for name in ("layer_norm", "recurrent_dropout", "zoneout"):
+            if getattr(self, name) != getattr(type(self), name):
+                shown += f", {name}={getattr(self, name)}"
+        return shown
+
+
+class LSTM(_Variant):
     """`torch.nn.LSTM` over `fastlm.ops.lstm`: the same constructor, parameters, inputs, outputs and errors.
 
     Three variants besides, formulas and papers in `ops.lstm`, which combine with all else and with each other:
@@ -108,9 +169,6 @@ class LSTM(_Sequence):
     """
 
     _torch = torch.nn.LSTM
-    # Of modules that were torch's and became this class (`fastlm.accelerate`), or were pickled without variants.
-    layer_norm: bool = False
-    recurrent_dropout: float = 0.0
     zoneout: tuple[float, float] = (0.0, 0.0)
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
@@ -137,56 +195,12 @@ class LSTM(_Sequence):
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device, dtype,
         )  # fmt: skip
-        self.layer_norm = layer_norm
-        self.recurrent_dropout = recurrent_dropout
-        self.zoneout = (zoneout, zoneout) if isinstance(zoneout, (int, float)) else zoneout
-        for name, p in (
-            ("recurrent_dropout", recurrent_dropout),
-            ("zoneout", max(self.zoneout)),
-            ("zoneout", min(self.zoneout)),
-        ):
-            if not 0 <= p <= 1:
-                raise ValueError(f"LSTM: {name} is {p}, expected a probability")
-        if layer_norm:
-            self._add_norms(device, dtype)
+        pair = (zoneout, zoneout) if isinstance(zoneout, (int, float)) else zoneout
+        self._set_variants(layer_norm, recurrent_dropout, pair, device, dtype)
 
-    def _add_norms(self, device: Any, dtype: Any) -> None:
-        """The parameters of layer normalisation, each layer's and direction's after its others."""
-        shapes = {"weight_ln_ih": 4 * self.hidden_size, "weight_ln_hh": 4 * self.hidden_size}
-        shapes |= {"weight_ln_c": self.hidden_size} | ({"bias_ln_c": self.hidden_size} if self.bias else {})
-        for names in self._all_weights:
-            suffix = names[0].removeprefix("weight_ih")
-            for name, size in shapes.items():
-                self.register_parameter(
-                    name + suffix, torch.nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-                )
-                names.append(name + suffix)
-        self._flat_weights_names = [name for names in self._all_weights for name in names]
-        self._init_flat_weights()
-        self._reset_norms()
-
-    def reset_parameters(self) -> None:
-        """As `torch.nn.LSTM`'s; gains are ones, and the bias of c's normalisation zeros."""
-        super().reset_parameters()
-        self._reset_norms()
-
-    def _reset_norms(self) -> None:
-        for name, parameter in self.named_parameters():
-            if "_ln_" in name:
-                torch.nn.init.constant_(parameter, float(name.startswith("weight")))
-
-    def flatten_parameters(self) -> None:
-        """As `torch.nn.LSTM`'s: for cuDNN, which knows no layer normalisation."""
-        if not self.layer_norm:
-            super().flatten_parameters()
-
-    def extra_repr(self) -> str:
-        """As `torch.nn.LSTM`'s, and the variants."""
-        shown = super().extra_repr()
-        for name, default in (("layer_norm", False), ("recurrent_dropout", 0.0), ("zoneout", (0.0, 0.0))):
-            if getattr(self, name) != default:
-                shown += f", {name}={getattr(self, name)}"
-        return shown
+    def _norm_sizes(self) -> dict[str, int]:
+        sizes = super()._norm_sizes() | {"weight_ln_c": self.hidden_size}
+        return sizes | ({"bias_ln_c": self.hidden_size} if self.bias else {})
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As `torch.nn.LSTM`'s."""
@@ -237,8 +251,20 @@ class LSTM(_Sequence):
         )
 
 
-class GRU(_Sequence):
-    """`torch.nn.GRU` over `fastlm.ops.gru`: the same constructor, parameters, inputs, outputs and errors."""
+class GRU(_Variant):
+    """`torch.nn.GRU` over `fastlm.ops.gru`: the same constructor, parameters, inputs, outputs and errors.
+
+    Three variants besides, formulas and papers in `ops.gru`, which combine with all else and with each other:
+
+    Args:
+        layer_norm: normalises W_ih x and W_hh h. Each layer and direction then has the gains `weight_ln_ih_l0` and
+            `weight_ln_hh_l0` [3H], ones at first.
+        recurrent_dropout: in training, probability of zeroing an element of h before W_hh; one mask for each sequence.
+        zoneout: probability with which an element of h stays as it was; in evaluation h is the expectation.
+
+    Raises:
+        ValueError: `recurrent_dropout` or `zoneout` is no probability.
+    """
 
     _torch = torch.nn.GRU
 
@@ -253,10 +279,15 @@ class GRU(_Sequence):
         bidirectional: bool = False,
         device: Any = None,
         dtype: Any = None,
+        *,
+        layer_norm: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
     ) -> None:
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype
         )
+        self._set_variants(layer_norm, recurrent_dropout, zoneout, device, dtype)
 
     def _run(
         self, input: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None
@@ -272,6 +303,9 @@ class GRU(_Sequence):
             training=self.training,
             bias=self.bias,
             batch_sizes=batch_sizes,
+            layer_norm=self.layer_norm,
+            recurrent_dropout=self.recurrent_dropout,
+            zoneout=self.zoneout,
         )
         return output, (h_n,)
 

@@ -14,8 +14,8 @@ from fastlm.ops.kv_cache import kv_append, offset
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear import linear, linear_group
 from fastlm.ops.lstm import lstm, lstm_cell
-from fastlm.ops.lstm_variants import lstm_variant
 from fastlm.ops.quantized import QuantizedTensor
+from fastlm.ops.recurrent_variants import gru_variant, lstm_variant
 from fastlm.ops.registry import Explanation, backend, explain
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rnn import rnn, rnn_cell
@@ -39,6 +39,7 @@ __all__ = [
     "gelu",
     "gru",
     "gru_cell",
+    "gru_variant",
     "kv_append",
     "layer_norm",
     "linear",

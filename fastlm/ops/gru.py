@@ -20,6 +20,7 @@ from fastlm.ops.recurrent import (
     native_sequence_why_not,
     torch_sequence,
 )
+from fastlm.ops.recurrent_variants import GRU_VARIANT, drawn
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import gru as reference
 
@@ -87,28 +88,46 @@ def gru(
     training: bool = False,
     bias: bool = True,
     batch_sizes: Tensor | None = None,
+    layer_norm: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """r, z = sigmoid(...), n = tanh(W_in x + b_in + r * (W_hn h + b_hn)), h' = (1 - z) * n + z * h.
 
     Cho et al., 2014, https://arxiv.org/abs/1406.1078, in the variant of cuDNN and `torch.nn.GRU`. The backward can be
-    differentiated only where the chosen implementation is "reference".
+    differentiated only where the chosen implementation is "reference". The formulas of the last three arguments, which
+    combine freely, are those of `reference.gru.gru_cell`.
 
     Args:
         input: [T, B, I]; [B, T, I] where `batch_first`; [N, I] with `batch_sizes`. Any floating dtype.
         h0: [num_layers * D, B, H], where D is 2 if `bidirectional`, else 1.
         weights: in the order of `torch.nn.GRU`: for each layer and direction w_ih [3H, I], w_hh [3H, H] and, with
-            `bias`, b_ih [3H], b_hh [3H]; the gates in the order r, z, n.
+            `bias`, b_ih [3H], b_hh [3H]; the gates in the order r, z, n. With `layer_norm` then the gains ln_ih [3H],
+            ln_hh [3H].
         dropout: probability of zeroing an element of each layer's output but the last's, where `training`.
         batch_sizes: of a PackedSequence, int64 [T] on the CPU: rows still running at each time, longest first.
+        layer_norm: normalises W_ih x and W_hh h, all gates together (Ba et al., 2016,
+            https://arxiv.org/abs/1607.06450); the shifts are the biases.
+        recurrent_dropout: where `training`, probability of zeroing an element of h before W_hh, the same ones at every
+            step (Gal & Ghahramani, 2016, https://arxiv.org/abs/1512.05287).
+        zoneout: probability with which an element of h stays as it was; outside of `training` its expectation (Krueger
+            et al., 2017, https://arxiv.org/abs/1606.01305).
 
     Returns:
         output, like `input` with D * H in the last dimension, and h_n, like `h0`.
 
     Raises:
-        ValueError: a shape or dtype does not fit, the sequence is empty, or `batch_sizes` are inconsistent.
+        ValueError: a shape or dtype does not fit, the sequence is empty, `batch_sizes` are inconsistent, or a
+            probability is none.
     """
     dropout = dropout if training else 0.0
-    output, (h_n,) = GRU(input, (h0,), weights, batch_sizes, num_layers, bidirectional, batch_first, bias, dropout, 0)
+    recurrent_dropout = recurrent_dropout if training else 0.0
+    layout = (weights, batch_sizes, num_layers, bidirectional, batch_first, bias, dropout, 0)
+    if layer_norm or recurrent_dropout or zoneout:
+        draw = drawn("gru", recurrent_dropout, (zoneout,), training)
+        output, (h_n,) = GRU_VARIANT(input, (h0,), *layout, layer_norm, layer_norm=layer_norm, draw=draw)
+    else:
+        output, (h_n,) = GRU(input, (h0,), *layout)
     return output, h_n
 
 

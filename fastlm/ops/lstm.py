@@ -14,8 +14,8 @@ from fastlm.kernels.cpu import lstm as kernel
 from fastlm.kernels.cuda import lstm as cuda_kernel
 from fastlm.ops.checks import refuse
 from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing, undisturbed
-from fastlm.ops.lstm_variants import LSTM_VARIANT
 from fastlm.ops.recurrent import NATIVE_DTYPES, SequenceOp, check_cell, in_float32, matrix_unit_why_not, torch_sequence
+from fastlm.ops.recurrent_variants import LSTM_VARIANT, drawn
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import lstm as reference
 from fastlm.reference.recurrent import NORMAL, Noise, States, Weights, sequence
@@ -296,22 +296,12 @@ def lstm(
     """
     dropout = dropout if training else 0.0
     recurrent_dropout = recurrent_dropout if training else 0.0
+    layout = (weights, batch_sizes, num_layers, bidirectional, batch_first, bias, dropout, proj_size)
     if layer_norm or recurrent_dropout or zoneout != (0.0, 0.0):
-        for name, p in (("recurrent_dropout", recurrent_dropout), ("zoneout", zoneout[0]), ("zoneout", zoneout[1])):
-            if not 0 <= p <= 1:
-                raise ValueError(f"lstm: {name} is {p}, expected a probability")
-
-        def draw(input: Tensor, states: States) -> Sequence[Any]:
-            return reference.draw_noise(input.shape[:-1].numel(), states, recurrent_dropout, zoneout, training)
-
-        output, (h_n, c_n) = LSTM_VARIANT(
-            input, tuple(hx), weights, batch_sizes, num_layers, bidirectional, batch_first, bias, dropout, proj_size,
-            layer_norm, layer_norm=layer_norm, draw=draw,
-        )  # fmt: skip
-        return output, (h_n, c_n)
-    output, (h_n, c_n) = LSTM(
-        input, tuple(hx), weights, batch_sizes, num_layers, bidirectional, batch_first, bias, dropout, proj_size
-    )
+        draw = drawn("lstm", recurrent_dropout, zoneout, training)
+        output, (h_n, c_n) = LSTM_VARIANT(input, tuple(hx), *layout, layer_norm, layer_norm=layer_norm, draw=draw)
+    else:
+        output, (h_n, c_n) = LSTM(input, tuple(hx), *layout)
     return output, (h_n, c_n)
 
 

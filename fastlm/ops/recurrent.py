@@ -246,7 +246,8 @@ class SequenceOp:
         if num_layers < 1:
             raise ValueError(f"{self.name}: num_layers is {num_layers}, expected at least 1")
         directions = 2 if bidirectional else 1
-        count = num_layers * directions * (2 + 2 * bias + (proj_size != 0) + (3 + bias) * layer_norm)
+        cell_norms = (1 + bias) * (len(states) == 2)
+        count = num_layers * directions * (2 + 2 * bias + (proj_size != 0) + (2 + cell_norms) * layer_norm)
         if len(weights) != count:
             raise ValueError(f"{self.name}: weights has {len(weights)} tensors, expected {count}")
         rows = weights[0].shape[0]
@@ -261,7 +262,7 @@ class SequenceOp:
         out = proj_size or hidden
         biases = ((rows,), (rows,)) if bias else ()
         projection = ((out, hidden),) if proj_size else ()
-        norms = ((rows,), (rows,), *[(hidden,)] * (1 + bias)) if layer_norm else ()
+        norms = ((rows,), (rows,), *[(hidden,)] * cell_norms) if layer_norm else ()
         dtype = input.dtype
         position = 0
         for _ in range(num_layers):

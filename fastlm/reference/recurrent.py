@@ -1,4 +1,13 @@
-"""What LSTM, GRU and RNN sequences have in common: the loops over time, directions and layers.
+"""What LSTM, GRU and RNN sequences have in common: the loops over time, directions and layers, and the variants.
+
+Three variants, which combine freely, change an LSTM or a GRU:
+
+- layer normalisation (Ba et al., 2016, https://arxiv.org/abs/1607.06450): of W_ih x and of W_hh h, each over all gates
+  together, the shifts being the biases b_ih and b_hh; in an LSTM also of c on its way to h.
+- variational recurrent dropout (Gal & Ghahramani, 2016, https://arxiv.org/abs/1512.05287): h is multiplied by one mask
+  for the whole sequence before W_hh.
+- zoneout (Krueger et al., 2017, https://arxiv.org/abs/1606.01305): elements of the states stay as they were, at random
+  in training, by expectation elsewhere.
 
 Rows of a batch may differ in length. As in torch's PackedSequence, the input is then [N, I], the rows of time 0 first,
 those of time 1 next, and so on; `batch_sizes[t]` rows are still running at time t, and they are always the first ones.
@@ -14,7 +23,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["NORMAL", "Layer", "Noise", "States", "Step", "Weights", "layer_of", "sequence", "split_weights"]
+__all__ = [
+    "NORMAL",
+    "NORM_EPS",
+    "Layer",
+    "Noise",
+    "States",
+    "Step",
+    "Weights",
+    "affine",
+    "draw_noise",
+    "keep",
+    "layer_of",
+    "normalised",
+    "sequence",
+    "split_weights",
+]
+
+NORM_EPS = 1e-5
+"""Added to the variance in layer normalisation, as torch's default."""
 
 States = tuple[Tensor, ...]
 """The hidden state first ([B, P], what a layer puts out); for an LSTM the cell state ([B, H]) after it."""
@@ -28,11 +55,11 @@ class Weights(NamedTuple):
     b_ih: Tensor | None = None  # [G*H]
     b_hh: Tensor | None = None  # [G*H]
     w_hr: Tensor | None = None  # [P, H], LSTM with projection; without it P = H
-    # LSTM with layer normalisation
-    ln_ih: Tensor | None = None  # [4H], gain of W_ih x
-    ln_hh: Tensor | None = None  # [4H], gain of W_hh h
-    ln_c: Tensor | None = None  # [H], gain of c
-    ln_c_bias: Tensor | None = None  # [H], with the other biases
+    # LSTM and GRU with layer normalisation
+    ln_ih: Tensor | None = None  # [G*H], gain of W_ih x
+    ln_hh: Tensor | None = None  # [G*H], gain of W_hh h
+    ln_c: Tensor | None = None  # [H], gain of c, LSTM
+    ln_c_bias: Tensor | None = None  # [H], LSTM with the other biases
 
 
 class Noise(NamedTuple):
@@ -41,7 +68,7 @@ class Noise(NamedTuple):
     dropout: Tensor | None = None  # [B, P]: multiplies h before W_hh, the same at every step
     # Shares of the old state kept at a step: zeros and ones in training, elsewhere their expectation.
     zoneout_h: Tensor | None = None  # [N, P]
-    zoneout_c: Tensor | None = None  # [N, H]
+    zoneout_c: Tensor | None = None  # [N, H], LSTM
 
     def of_layer(self, position: int) -> Noise:
         """That of one layer in one direction, where the tensors have those as their first dimension."""
@@ -64,9 +91,62 @@ Layer = Callable[[Tensor, list[int], States, Weights, bool, Noise], tuple[Tensor
 """One layer, one direction: (input [N, I], batch_sizes, states, weights, reverse, noise) -> (output [N, P], states)."""
 
 
-def split_weights(weights: Sequence[Tensor], bias: bool, projected: bool, layer_norm: bool = False) -> list[Weights]:
-    """Torch's flat list (layer 0, layer 0 reverse, layer 1, ...) as one Weights each, in the order of its fields."""
-    present = (True, True, bias, bias, projected, layer_norm, layer_norm, layer_norm, layer_norm and bias)
+def normalised(x: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Layer normalisation over the last dimension; without a gain, nothing."""
+    return x if gain is None else functional.layer_norm(x, gain.shape, gain, bias, NORM_EPS)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    """W x + b, or with a gain N(W x) + b."""
+    if gain is None:
+        return functional.linear(x, weight, bias)
+    return normalised(functional.linear(x, weight), gain, bias)
+
+
+def keep(new: Tensor, old: Tensor, share: Tensor | None) -> Tensor:
+    """Zoneout: `share` of the old."""
+    return new if share is None else new + share * (old - new)
+
+
+def draw_noise(
+    rows: int,
+    states: States,
+    recurrent_dropout: float,
+    zoneout: Sequence[float],
+    training: bool,
+) -> Noise:
+    """Draws from torch's generator; nothing is drawn outside of training.
+
+    Args:
+        rows: N, of the input over all steps.
+        states: h0 [layers * directions, B, P] and, of an LSTM, c0 [layers * directions, B, H].
+        recurrent_dropout: probability of zeroing an element of h; what is left is scaled by 1 / (1 - p).
+        zoneout: of each state, the probability of keeping an element.
+
+    Returns:
+        Noise of all layers and directions, which are the first dimension.
+    """
+    h = states[0]
+
+    def shares(state: Tensor, p: float) -> Tensor | None:
+        if not p:
+            return None
+        size = (state.shape[0], rows, state.shape[2])
+        return h.new_empty(size).bernoulli_(p) if training else h.new_full((), p).expand(size)
+
+    mask = functional.dropout(torch.ones_like(h), recurrent_dropout) if recurrent_dropout and training else None
+    return Noise(mask, *map(shares, states, zoneout))
+
+
+def split_weights(
+    weights: Sequence[Tensor], bias: bool, projected: bool, layer_norm: bool = False, cells: bool = True
+) -> list[Weights]:
+    """Torch's flat list (layer 0, layer 0 reverse, layer 1, ...) as one Weights each, in the order of its fields.
+
+    `cells`: there are cell states, which layer normalisation has parameters for.
+    """
+    norm_of_c = layer_norm and cells
+    present = (True, True, bias, bias, projected, layer_norm, layer_norm, norm_of_c, norm_of_c and bias)
     size = sum(present)
     groups = []
     for start in range(0, len(weights), size):
@@ -138,8 +218,9 @@ def sequence(
         input = input.reshape(-1, input.shape[-1])
     else:
         sizes = batch_sizes.tolist()
-    plain = 2 + 2 * bias + (3 + bias) * layer_norm
-    groups = split_weights(weights, bias, len(weights) != num_layers * directions * plain, layer_norm)
+    cells = len(states) == 2
+    plain = 2 + 2 * bias + (2 + (1 + bias) * cells) * layer_norm
+    groups = split_weights(weights, bias, len(weights) != num_layers * directions * plain, layer_norm, cells)
     finals: list[States] = []
     for index in range(num_layers):
         if index and dropout:

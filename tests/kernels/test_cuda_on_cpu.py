@@ -29,7 +29,7 @@ from torch import Tensor
 from fastlm import ops
 from fastlm.kernels import cuda, native
 from fastlm.kernels.cuda import lstm as lstm_kernel
-from fastlm.ops.lstm_variants import layer_by
+from fastlm.ops.recurrent_variants import layer_by
 from fastlm.reference import gru as gru_reference
 from fastlm.reference import lstm as lstm_reference
 from fastlm.reference.recurrent import Noise, sequence

@@ -82,9 +82,10 @@ def test_many_rows_go_to_the_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("noise", ["", "dhc"])
-def test_variants_agree(noise: str) -> None:
+@pytest.mark.parametrize("op", ["lstm_variant", "gru_variant"])
+def test_variants_agree(op: str, noise: str) -> None:
     for norm in (False, True):
-        case = Case(op="lstm_variant", hidden=33, width=9, layer_norm=norm, noise=noise, lengths=(5, 5, 3, 1))
+        case = Case(op=op, hidden=33, width=9, layer_norm=norm, noise=noise, lengths=(5, 5, 3, 1))
         compare(case, run_backend("cpu"), dtype=torch.bfloat16, floor=2e-2, least=0.1)
 
 
@@ -160,8 +161,9 @@ def test_streaming_reads_changed_weights() -> None:
 
 
 @pytest.mark.parametrize("variant", [{}, {"layer_norm": True, "zoneout": 0.1}], ids=str)
-def test_autocast_computes_in_the_weights_dtype(variant: dict[str, Any]) -> None:
-    module = fastlm.nn.LSTM(5, 8, **variant).eval()
+@pytest.mark.parametrize("kind", [fastlm.nn.LSTM, fastlm.nn.GRU])
+def test_autocast_computes_in_the_weights_dtype(kind: Any, variant: dict[str, Any]) -> None:
+    module = kind(5, 8, **variant).eval()
     x = torch.randn(4, 3, 5)
     expected = module(x.bfloat16().float())[0]
     with torch.autocast("cpu", torch.bfloat16):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastlm.kernels import cuda, native
-from fastlm.reference.lstm import NORM_EPS
+from fastlm.reference.recurrent import NORM_EPS
 
 __all__ = ["MOST_ROWS", "Saved", "layer_backward", "layer_forward", "step"]
 

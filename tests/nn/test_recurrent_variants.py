@@ -1,4 +1,4 @@
-"""fastlm.nn.LSTM with layer normalisation, recurrent dropout and zoneout: the module around the op."""
+"""fastlm.nn.LSTM and GRU with layer normalisation, recurrent dropout and zoneout: the modules around the ops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from torch.nn.utils.rnn import pack_sequence
 import fastlm.nn
 from fastlm import ops
 
-EVERYTHING = {"layer_norm": True, "recurrent_dropout": 0.3, "zoneout": (0.1, 0.2)}
+LSTM, GRU = fastlm.nn.LSTM, fastlm.nn.GRU
+EVERYTHING: dict[type, dict[str, Any]] = {
+    LSTM: {"layer_norm": True, "recurrent_dropout": 0.3, "zoneout": (0.1, 0.2)},
+    GRU: {"layer_norm": True, "recurrent_dropout": 0.3, "zoneout": 0.2},
+}
+both = pytest.mark.parametrize("kind", EVERYTHING)
 
 
 def leaves(results: Any) -> list[Tensor]:
@@ -27,49 +32,53 @@ def outputs_and_gradients(module: Any, *arguments: Any) -> list[Tensor]:
     return results + list(torch.autograd.grad([r.square().sum() for r in results], list(module.parameters())))
 
 
-def test_parameters_of_layer_normalisation() -> None:
-    module = fastlm.nn.LSTM(5, 7, 2, bidirectional=True, layer_norm=True)
-    plain = torch.nn.LSTM(5, 7, 2, bidirectional=True)
+@both
+def test_parameters_of_layer_normalisation(kind: Any) -> None:
+    sizes = {"weight_ln_ih": 28, "weight_ln_hh": 28, "weight_ln_c": 7, "bias_ln_c": 7}
+    if kind is GRU:
+        sizes = {"weight_ln_ih": 21, "weight_ln_hh": 21}
+    module = kind(5, 7, 2, bidirectional=True, layer_norm=True)
+    plain = kind._torch(5, 7, 2, bidirectional=True)
     added = {name: p for name, p in module.named_parameters() if name not in plain.state_dict()}
-    assert [name for name in added if name.endswith("l0_reverse")] == [
-        f"{name}_l0_reverse" for name in ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")
-    ]
-    assert len(added) == 16
+    assert [n for n in added if n.endswith("l0_reverse")] == [f"{name}_l0_reverse" for name in sizes]
+    assert len(added) == 4 * len(sizes)
     for name, parameter in added.items():
-        assert parameter.shape == ((28,) if "_ln_ih" in name or "_ln_hh" in name else (7,))
+        assert parameter.shape == (sizes[name.rsplit("_l", 1)[0]],)
         assert (parameter == float(name.startswith("weight"))).all()
         torch.nn.init.normal_(parameter)
     module.reset_parameters()
     assert all((p == float(name.startswith("weight"))).all() for name, p in added.items())
     assert module.weight_hh_l0.std() > 0.1
-    assert not any(
-        name.startswith("bias") for name, _ in fastlm.nn.LSTM(5, 7, bias=False, layer_norm=True).named_parameters()
-    )
-    half = fastlm.nn.LSTM(5, 7, layer_norm=True, dtype=torch.bfloat16, device="meta")
+    assert not any(name.startswith("bias") for name, _ in kind(5, 7, bias=False, layer_norm=True).named_parameters())
+    half = kind(5, 7, layer_norm=True, dtype=torch.bfloat16, device="meta")
     assert all(p.dtype == torch.bfloat16 and p.is_meta for p in half.parameters())
 
 
-def test_the_module_is_the_op_with_its_parameters() -> None:
-    module = fastlm.nn.LSTM(5, 7, 2, bidirectional=True, batch_first=True, **EVERYTHING)
+@both
+def test_the_module_is_the_op_with_its_parameters(kind: Any) -> None:
+    module = kind(5, 7, 2, bidirectional=True, batch_first=True, **EVERYTHING[kind])
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, 1.0, 0.3)
     x, hx = torch.randn(3, 4, 5), (torch.randn(4, 3, 7), torch.randn(4, 3, 7))
+    op: Any = ops.lstm if kind is LSTM else ops.gru
+    state: Any = hx if kind is LSTM else hx[0]
     for training in (True, False):
         module.train(training)
         torch.manual_seed(1)
-        found = module(x, hx)
+        found = module(x, state)
         torch.manual_seed(1)
-        expected = ops.lstm(
-            x, hx, list(module._flat_weights), num_layers=2, bidirectional=True, batch_first=True, training=training,
-            **EVERYTHING,
+        expected = op(
+            x, state, list(module._flat_weights), num_layers=2, bidirectional=True, batch_first=True,
+            training=training, **EVERYTHING[kind],
         )  # fmt: skip
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("variant", [{"layer_norm": True}, {"recurrent_dropout": 0.5}, {"zoneout": 0.25}], ids=str)
-def test_each_variant_acts(variant: dict[str, Any]) -> None:
-    module = fastlm.nn.LSTM(5, 7, **variant)
-    plain = fastlm.nn.LSTM(5, 7)
+@both
+def test_each_variant_acts(kind: Any, variant: dict[str, Any]) -> None:
+    module = kind(5, 7, **variant)
+    plain = kind(5, 7)
     plain.load_state_dict({k: v for k, v in module.state_dict().items() if "_ln_" not in k})
     x = torch.randn(6, 3, 5)
     assert not torch.allclose(module(x)[0], plain(x)[0])
@@ -89,51 +98,59 @@ def test_one_step_with_a_state_is_not_the_plain_ones() -> None:
 
 def test_zoneout_of_a_number_is_for_both() -> None:
     assert fastlm.nn.LSTM(5, 7, zoneout=0.25).zoneout == (0.25, 0.25)
-    shown = repr(fastlm.nn.LSTM(5, 7, **EVERYTHING))
+    shown = repr(LSTM(5, 7, **EVERYTHING[LSTM]))
     assert shown == "LSTM(5, 7, layer_norm=True, recurrent_dropout=0.3, zoneout=(0.1, 0.2))"
+    shown = repr(GRU(5, 7, **EVERYTHING[GRU]))
+    assert shown == "GRU(5, 7, layer_norm=True, recurrent_dropout=0.3, zoneout=0.2)"
+    assert repr(GRU(5, 7)) == "GRU(5, 7)"
 
 
 @pytest.mark.parametrize(
-    ("variant", "message"),
+    ("kind", "variant", "message"),
     [
-        ({"recurrent_dropout": 1.5}, r"^LSTM: recurrent_dropout is 1\.5, expected a probability"),
-        ({"zoneout": (0.5, -1.0)}, r"^LSTM: zoneout is -1\.0, expected a probability"),
+        (LSTM, {"recurrent_dropout": 1.5}, r"^LSTM: recurrent_dropout is 1\.5, expected a probability"),
+        (LSTM, {"zoneout": (0.5, -1.0)}, r"^LSTM: zoneout is -1\.0, expected a probability"),
+        (GRU, {"zoneout": 1.5}, r"^GRU: zoneout is 1\.5, expected a probability"),
     ],
 )
-def test_refuses_what_is_no_probability(variant: dict[str, Any], message: str) -> None:
+def test_refuses_what_is_no_probability(kind: Any, variant: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fastlm.nn.LSTM(5, 7, **variant)
+        kind(5, 7, **variant)
 
 
-def test_copies_and_pickles() -> None:
-    module = fastlm.nn.LSTM(5, 7, bidirectional=True, **EVERYTHING).eval()
+@both
+def test_copies_and_pickles(kind: Any) -> None:
+    module = kind(5, 7, bidirectional=True, **EVERYTHING[kind]).eval()
     x = torch.randn(3, 2, 5)
     buffer = io.BytesIO()
     torch.save(module, buffer)
     buffer.seek(0)
-    other = fastlm.nn.LSTM(5, 7, bidirectional=True, **EVERYTHING).eval()
+    other = kind(5, 7, bidirectional=True, **EVERYTHING[kind]).eval()
     other.load_state_dict(module.state_dict())
     for twin in (copy.deepcopy(module), torch.load(buffer, weights_only=False), other):
         assert torch.equal(twin(x)[0], module(x)[0])
 
 
-def test_packed_input_is_each_row_alone() -> None:
-    module = fastlm.nn.LSTM(5, 7, 2, bidirectional=True, **EVERYTHING).eval()
+@both
+def test_packed_input_is_each_row_alone(kind: Any) -> None:
+    module = kind(5, 7, 2, bidirectional=True, **EVERYTHING[kind]).eval()
     rows = [torch.randn(length, 5) for length in (3, 1, 4)]
-    output, (h_n, _) = module(pack_sequence(rows, enforce_sorted=False))
+    output, final = module(pack_sequence(rows, enforce_sorted=False))
     padded, lengths = torch.nn.utils.rnn.pad_packed_sequence(output)
     for index, row in enumerate(rows):
-        alone, (h, _) = module(row)
+        alone, state = module(row)
         torch.testing.assert_close(padded[: lengths[index], index], alone)
-        torch.testing.assert_close(h_n[:, index], h)
+        for whole, own in zip(leaves(final), leaves(state), strict=True):
+            torch.testing.assert_close(whole[:, index], own)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_compiles_without_a_graph_break(packed: bool, training: bool) -> None:
+@both
+def test_compiles_without_a_graph_break(kind: Any, packed: bool, training: bool) -> None:
     """And with the same noise under the same seed as without the compiler."""
     torch._dynamo.reset()
-    module = fastlm.nn.LSTM(5, 6, num_layers=2, bidirectional=True, dropout=0.2, **EVERYTHING).train(training)
+    module = kind(5, 6, num_layers=2, bidirectional=True, dropout=0.2, **EVERYTHING[kind]).train(training)
     x: Any = torch.randn(4, 3, 5) if not packed else pack_sequence([torch.randn(n, 5) for n in (4, 3, 1)])
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     if not training:
@@ -146,10 +163,11 @@ def test_compiles_without_a_graph_break(packed: bool, training: bool) -> None:
             torch.testing.assert_close(a, b)
 
 
-def test_the_compiled_gradient_is_of_the_compiled_forward() -> None:
+@both
+def test_the_compiled_gradient_is_of_the_compiled_forward(kind: Any) -> None:
     """The derivative along a direction, from differences under one seed, equals the gradient's."""
     torch._dynamo.reset()
-    module = fastlm.nn.LSTM(5, 6, num_layers=2, dropout=0.5, dtype=torch.float64, **EVERYTHING)
+    module = kind(5, 6, num_layers=2, dropout=0.5, dtype=torch.float64, **EVERYTHING[kind])
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x, direction = torch.randn(2, 3, 4, 5, dtype=torch.float64)
 
@@ -162,10 +180,11 @@ def test_the_compiled_gradient_is_of_the_compiled_forward() -> None:
     torch.testing.assert_close((run(1e-6) - run(-1e-6)).detach() / 2e-6, run(0.0), rtol=1e-5, atol=1e-9)
 
 
-def test_it_learns() -> None:
+@both
+def test_it_learns(kind: Any) -> None:
     """A sequence's first sign, asked for at its end."""
     torch.manual_seed(0)
-    module = fastlm.nn.LSTM(1, 16, layer_norm=True, recurrent_dropout=0.1, zoneout=0.05)
+    module = kind(1, 16, layer_norm=True, recurrent_dropout=0.1, zoneout=0.05)
     head = torch.nn.Linear(16, 1)
     optimizer = torch.optim.Adam([*module.parameters(), *head.parameters()], 0.02)
     for _ in range(60):
