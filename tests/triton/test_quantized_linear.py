@@ -124,14 +124,14 @@ FAULTS = {
         "acc += total[:, None] * tl.load(minima + place, mask=mask",
         "acc += 0 * total[:, None] * tl.load(minima + place, mask=mask",
     ),
-    "one row: last blocks dropped": ("inside = block < blocks", "inside = block < blocks - 1"),
+    "one row: last blocks dropped": ("inside = block < last", "inside = block < last - 1"),
     "rows: scale of another block": ("tl.load(scales + place, mask=used", "tl.load(scales + n, mask=used"),
     "rows: minima forgotten": (
         "acc += total[:, None] * tl.load(minima + place, mask=used",
         "acc += 0 * total[:, None] * tl.load(minima + place, mask=used",
     ),
-    "rows: last block dropped": ("for block in tl.range(0, blocks):", "for block in tl.range(0, blocks - 1):"),
-    "rows: last outputs dropped": ("here, used = m < rows, n < outputs", "here, used = m < rows, n < outputs - 1"),
+    "rows: last block dropped": ("for block in tl.range(first, last):", "for block in tl.range(first, last - 1):"),
+    "rows: last outputs dropped": ("return m, n, m < rows, n < outputs,", "return m, n, m < rows, n < outputs - 1,"),
     "only two parts of the input": ("acc = tl.dot(rest.to(tl.bfloat16), q, acc)", "acc += 0"),
     "input rounded": ("acc = tl.dot(second, q, acc)", "acc += 0"),
     "bias forgotten": ("if BIAS:", "if BIAS and False:"),
@@ -144,6 +144,17 @@ FAULTS = {
         "x_at + block * 32 + 16, mask=here[None",
         "x_at + block * 32, mask=here[None",
     ),
+    "parts of k overlap": ("tl.minimum(first + part, blocks)", "blocks"),
+    "one row: parts of k overlap by a tile's tail": ("inside = block < last", "inside = block < blocks"),
+    "the last part of k dropped": ("(part < parts)[:, None]", "(part < parts - 1)[:, None]"),
+    "one row: parts of k in one place": ("output + tl.program_id(1) * outputs + n", "output + n"),
+    "rows: parts of k in one place": (", output + tl.program_id(1).to(tl.int64) * rows * outputs", ", output"),
+    "bias left to no part of k": (
+        "BIAS=bias is not None,\n                PARTS",
+        "BIAS=False,\n                PARTS",
+    ),
+    "bias of another output": ("bias + at % outputs", "bias + at % outputs // 2"),
+    "sums of k rounded": ("outputs, dtype=torch.float32)", "outputs, dtype=torch.float16)"),
     "many rows: bias of a row": (
         "acc += tl.load(bias + n, mask=used, other=0.0).to(tl.float32)[:, None]",
         "acc += tl.load(bias + m, mask=m < outputs, other=0.0).to(tl.float32)[None, :]",
@@ -169,6 +180,9 @@ def test_planted_faults_are_found(device: str, fault: str, tmp_path: Path) -> No
                 compare(run, sparse, weight, None)
             input, weight = _case(device, kind, (70,), 20, 9, torch.float16)
             compare(run, input, weight, torch.randn(20, device=device))
+        for rows, blocks in SPLIT:  # Q8_0: less to be lost in, and float32 shows it
+            input, weight = _case(device, "Q8_0", (rows,), 7, blocks, torch.float32)
+            compare(run, input, weight, torch.randn(7, device=device))
 
     if fault == "nothing":
         check()
@@ -185,10 +199,38 @@ def test_hundreds_of_rows(device: str, kind: str, dtype: torch.dtype, monkeypatc
     compare(_triton, *_case(device, kind, (2, 150), 131, 3, dtype), torch.randn(131, device=device))
 
 
+SPLIT = [(1, 299), (3, 33)]
+"""Rows and blocks of 32 columns whose products are cut into parts of k that end within a tile."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "blocks"), [*SPLIT, (20, 100), (70, 35)])
+def test_parts_of_k(device: str, rows: int, blocks: int, dtype: torch.dtype) -> None:
+    plan = kernel.Plan.of(rows, 67, blocks, dtype.itemsize, "sm_90")
+    assert plan.parts > 1 and plan.part * (plan.parts - 1) < blocks < plan.part * plan.parts
+    for kind, bias in (("Q8_0", None), ("Q4_1", torch.randn(67, device=device))):
+        compare(_triton, *_case(device, kind, (rows,), 67, blocks, dtype), bias)
+
+
+def test_when_k_is_cut() -> None:
+    def parts(rows: int, outputs: int, columns: int, size: int = 2) -> int:
+        return kernel.Plan.of(rows, outputs, columns // 32, size, "sm_90").parts
+
+    assert [parts(8, outputs, 4096) for outputs in (1024, 4096, 16384)] == [8, 4, 2]  # 16 blocks, or 512 programs
+    assert [parts(128, outputs, 4096) for outputs in (1024, 4096, 16384)] == [8, 8, 2]
+    assert [parts(1, outputs, 14336) for outputs in (64, 1024, 4096)] == [3, 2, 1]
+    assert [parts(rows, 192, 576) for rows in (1, 8, 512)] == [1, 1, 1]  # a short k has nothing to share out
+    assert parts(2, 16, 1 << 20, 4) == kernel.MOST_PARTS
+    for blocks in range(1, 200):  # no part is empty
+        plan = kernel.Plan.of(2, 16, blocks, 4, "sm_90")
+        assert (plan.parts - 1) * plan.part < blocks <= plan.parts * plan.part
+
+
 def test_tiles_for_many_rows() -> None:
     tile = kernel.many_rows_tile
     assert [tile(512, 16384, 2, target) for target in ("sm_80", "sm_86", "sm_90", "gfx942")] == [128, 128, 256, 0]
     assert (tile(512, 4096, 2, "sm_90"), tile(64, 16384, 2, "sm_90"), tile(512, 16384, 4, "sm_90")) == (128, 0, 0)
+    assert tile(100, 1 << 20, 2, "sm_90") == 128  # a larger one would be half empty
 
 
 def test_what_the_kernel_leaves_to_others(device: str) -> None:
