@@ -10,8 +10,8 @@ Hundreds of rows in bfloat16 or float16 are a matter of arithmetic (`_many_rows`
 rounded to the input's dtype, so that sums stay in the tensor cores from the first block to the last; and it is the left
 factor, y^T = W x^T, which those of sm_90 take from registers.
 
-Small matrices make fewer programs than a GPU runs at once: then each sums a part of k (`Plan.of`), and `_sum_parts` adds
-the parts in one order, so that results are the same bits every time.
+Small matrices make fewer programs than a GPU runs at once: then each sums a part of k (`Plan.of`), and `_sum_parts`
+adds the parts in one order, so that results are the same bits every time.
 """
 
 from __future__ import annotations
