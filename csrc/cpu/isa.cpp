@@ -70,6 +70,8 @@ bool has_bfloat_tiles() {
 #endif
 }
 
+bool tiles_allowed = true;
+
 const KernelTable* find(const char* name) {
   for (const Level& level : kLevels)
     if (std::strcmp(level.table->isa, name) == 0 && level.runs_here()) return level.table;
@@ -105,9 +107,11 @@ std::vector<const char*> isa_compiled() {
   return names;
 }
 
+void matmul_allow_tiles(bool allowed) { tiles_allowed = allowed; }
+
 bool matmul_tiles() {
   static const bool has = has_bfloat_tiles();
-  return has && kernels().matmul == best()->matmul;  // a level that was forced does without
+  return has && tiles_allowed && kernels().matmul == best()->matmul;  // a level that was forced does without
 }
 
 const char* isa_active() { return kernels().isa; }

@@ -49,6 +49,8 @@
   X(void, math_apply, (MathFunction f, const float* x, float* y, int64_t n), (f, x, y, n)) \
   X(void, matmul, (const Matmul& a), (a))                                           \
   X(int64_t, matmul_scratch, (const Matmul& a), (a))                                \
+  X(void, float_matmul, (const FloatMatmul& a), (a))                                \
+  X(int64_t, float_matmul_scratch, (const FloatMatmul& a), (a))                     \
   X(void, norm, (const Norm& a), (a))                                               \
   X(void, norm_backward, (const NormBackward& a), (a))                              \
   X(int64_t, norm_backward_scratch, (const NormBackward& a), (a))                   \

@@ -2,6 +2,7 @@
 // [k / 2][column]. All of b is packed first, by all threads; then each thread takes rows of c, 32 at a time.
 #include "fastlm/matmul.h"
 
+#include "amx.h"
 #include "attention_tile.h"
 #include "bfloat.h"
 #include "threads.h"
@@ -10,10 +11,7 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int64_t kTile = 16;         // rows, words or columns of a tile
-constexpr int64_t kDepth = 2 * kTile;  // of k in a tile
 constexpr int64_t kBlock = 2 * kTile;  // rows and columns of c at a time
-constexpr int64_t kTileWords = kTile * kTile;
 constexpr int64_t kWorthAThread = 1 << 21;  // multiplications below which waking a second thread costs more than it saves
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -135,19 +133,7 @@ static __attribute__((noinline)) void multiply_floats(const uint32_t* a, const u
 }
 
 #if defined(__AVX512F__)
-// Tile registers: 0 to 3 sums, 4 and 5 of a, 6 and 7 of b. Written as assembly, since GCC's own intrinsics do not say
-// that they read memory.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-#define FASTLM_TILE_LOAD(r, p) asm volatile("tileloadd (%0,%1,1), %%tmm" #r ::"r"(p), "r"(int64_t{64}) : "memory")
-#define FASTLM_TILE_STORE(r, p) asm volatile("tilestored %%tmm" #r ", (%0,%1,1)" ::"r"(p), "r"(int64_t{64}) : "memory")
-#define FASTLM_TILE_MULTIPLY(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c :::)
-#define FASTLM_TILE_ZERO(r) asm volatile("tilezero %%tmm" #r :::)
-
-// As multiply_floats.
+// As multiply_floats, by tile registers: 0 to 3 sums, 4 and 5 of a, 6 and 7 of b.
 static __attribute__((noinline)) void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t steps, float* sums) {
   const uint32_t *a2 = a + steps * kTileWords, *b2 = b + steps * kTileWords;
   FASTLM_TILE_ZERO(0);
@@ -155,54 +141,44 @@ static __attribute__((noinline)) void multiply_tiles(const uint32_t* a, const ui
   FASTLM_TILE_ZERO(2);
   FASTLM_TILE_ZERO(3);
   for (int64_t s = 0; s < steps; ++s, a += kTileWords, a2 += kTileWords, b += kTileWords, b2 += kTileWords) {
-    FASTLM_TILE_LOAD(4, a);
-    FASTLM_TILE_LOAD(6, b);
-    FASTLM_TILE_LOAD(7, b2);
+    FASTLM_TILE_LOAD(4, a, 64);
+    FASTLM_TILE_LOAD(6, b, 64);
+    FASTLM_TILE_LOAD(7, b2, 64);
     FASTLM_TILE_MULTIPLY(0, 4, 6);
-    FASTLM_TILE_LOAD(5, a2);
+    FASTLM_TILE_LOAD(5, a2, 64);
     FASTLM_TILE_MULTIPLY(1, 4, 7);
     FASTLM_TILE_MULTIPLY(2, 5, 6);
     FASTLM_TILE_MULTIPLY(3, 5, 7);
   }
-  FASTLM_TILE_STORE(0, sums);
-  FASTLM_TILE_STORE(1, sums + kTileWords);
-  FASTLM_TILE_STORE(2, sums + 2 * kTileWords);
-  FASTLM_TILE_STORE(3, sums + 3 * kTileWords);
+  FASTLM_TILE_STORE(0, sums, 64);
+  FASTLM_TILE_STORE(1, sums + kTileWords, 64);
+  FASTLM_TILE_STORE(2, sums + 2 * kTileWords, 64);
+  FASTLM_TILE_STORE(3, sums + 3 * kTileWords, 64);
 }
 
-// Holds the tile registers of this thread.
-class Multiplier {
- public:
-  Multiplier() {
-    const TileConfig config;
-    if (tiles_) asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
-  }
-  ~Multiplier() {
-    if (tiles_) asm volatile("tilerelease" ::: "memory");
-  }
-  void operator()(const uint32_t* a, const uint32_t* b, int64_t steps, float* sums) const {
-    tiles_ ? multiply_tiles(a, b, steps, sums) : multiply_floats(a, b, steps, sums);
-  }
-  // Rounds two vectors to 32 neighbours, by the instruction that processors with such tiles have.
-  bool narrow(const vf (&v)[2], uint16_t* to) const {
-    if (!tiles_) return false;
-    vf halves;
-    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(halves) : "v"(v[1]), "v"(v[0]));
-    std::memcpy(to, &halves, sizeof(halves));
-    return true;
-  }
+#endif
 
- private:
-  const bool tiles_ = matmul_tiles();
-};
-#else
-struct Multiplier {
+class Multiplier : TileUnit {
+ public:
   void operator()(const uint32_t* a, const uint32_t* b, int64_t steps, float* sums) const {
+#if defined(__AVX512F__)
+    if (tiles()) return multiply_tiles(a, b, steps, sums);
+#endif
     multiply_floats(a, b, steps, sums);
   }
-  bool narrow(const vf*, uint16_t*) const { return false; }
-};
+  // Rounds two vectors to 32 neighbours, by the instruction that processors with such tiles have.
+  bool narrow([[maybe_unused]] const vf* v, [[maybe_unused]] uint16_t* to) const {
+#if defined(__AVX512F__)
+    if (tiles()) {
+      vf halves;
+      asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(halves) : "v"(v[1]), "v"(v[0]));
+      std::memcpy(to, &halves, sizeof(halves));
+      return true;
+    }
 #endif
+    return false;
+  }
+};
 
 // Writes one block of c from its four tiles.
 template <bool Bfloats>

@@ -121,4 +121,13 @@ def _force_isa_from_environment() -> None:
         raise RuntimeError(f"FASTLM_ISA={level!r} cannot run here: this processor has {available}")
 
 
+def _forbid_tiles_from_environment() -> None:
+    setting = os.environ.get("FASTLM_AMX", "1")
+    if setting not in ("0", "1"):
+        raise RuntimeError(f"FASTLM_AMX={setting!r}, expected 0 or 1")
+    if CPU.module is not None:
+        CPU.module.matmul_allow_tiles(setting == "1")
+
+
 _force_isa_from_environment()
+_forbid_tiles_from_environment()

@@ -1,4 +1,4 @@
-"""Native products of bfloat16 matrices: csrc/cpu/matmul.cpp."""
+"""Native products of matrices, bfloat16 and float32: csrc/cpu/matmul.cpp and float_matmul.cpp."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlm.kernels import native
 
-__all__ = ["matmul", "worthwhile"]
+__all__ = ["float_matmul", "matmul", "worthwhile"]
 
 # Of the second matrix, in bytes of bfloat16: every 32 rows of the first go past all of it, which pays while it stays in
 # the level-2 cache.
@@ -52,3 +52,49 @@ def matmul(
         native.num_threads(),
     )
     return output
+
+
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _lies(x: Tensor) -> tuple[Tensor, int, bool]:
+    """A matrix with contiguous rows or, turned, columns; the elements from one to the next; whether it is turned."""
+    (rows, columns), (down, along) = x.shape, x.stride()
+    if along == 1 and (down >= columns or rows == 1):
+        return x, max(down, columns), False
+    if down == 1 and (along >= rows or columns == 1):
+        return x, max(along, rows), True
+    return x.contiguous(), columns, False
+
+
+def float_matmul(
+    a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False
+) -> Tensor:
+    """a b + bias [N] of matrices a [M, K], float32, and b [K, N], float32, float16 or bfloat16, as accurate as in float32.
+
+    Each may be the transpose of a matrix in memory. `out` is float32 [M, N] with contiguous rows and no part of a or b;
+    with `add` the product is added to what it holds. A row's bits depend on that row of a and on b alone.
+    """
+    a, a_stride, turn_a = _lies(a)
+    b, b_stride, turn_b = _lies(b)
+    (rows, depth), columns = a.shape, b.shape[1]
+    if out is None:
+        out = a.new_empty(rows, columns)
+    native.CPU.require().float_matmul(
+        a.data_ptr(),
+        a_stride,
+        turn_a,
+        b.data_ptr(),
+        b_stride,
+        turn_b,
+        _NUMBERS[b.dtype],
+        native.address(bias),
+        out.data_ptr(),
+        max(out.stride(0), columns),
+        add,
+        rows,
+        columns,
+        depth,
+        native.num_threads(),
+    )
+    return out
