@@ -35,8 +35,7 @@ def module() -> ModuleType:
     flags += [f"-I{path}" for path in (*includes, sysconfig.get_path("include"))]
     logged = ["-fsanitize=thread", "-fno-threadsafe-statics"]
     sources = {
-        CSRC / "cuda" / "sample.cu": logged,
-        CSRC / "cuda" / "recurrent.cu": logged,
+        **dict.fromkeys(sorted((CSRC / "cuda").glob("*.cu")), logged),
         CSRC / "tests" / "shim" / "cuda_on_cpu.cpp": ["-DFASTLM_SHIM_LOGS"],
         CSRC / "python" / "cuda_module.cpp": ["-DFASTLM_ON_CPU"],
     }

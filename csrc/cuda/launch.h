@@ -14,6 +14,19 @@ struct Shape {
   bool cooperative;    // all blocks resident at once
 };
 
+// Calls f with a value of the storage's type.
+template <typename F>
+const char* with_type(Storage storage, F f) {
+  switch (storage) {
+    case Storage::float16:
+      return f(device::Half{});
+    case Storage::bfloat16:
+      return f(device::BFloat16{});
+    default:
+      return f(float{});
+  }
+}
+
 #if defined(__CUDACC__)
 
 inline const char* message(cudaError_t error) {

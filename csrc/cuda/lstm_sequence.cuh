@@ -4,7 +4,7 @@
 // lane, and a butterfly of shuffles that halves the sums at every turn leaves each sum complete in one lane.
 #pragma once
 
-#include "cell.cuh"
+#include "lstm_cell.cuh"
 
 namespace fastlm {
 namespace device {

@@ -38,14 +38,7 @@ std::size_t sample_cuda_scratch(int64_t batch, int64_t vocab, bool history) {
 
 const char* sample_cuda(const SampleArgs& args, Storage storage, void* stream) {
   if (args.batch == 0) return nullptr;
-  switch (storage) {
-    case Storage::float16:
-      return run<device::Half>(args, stream);
-    case Storage::bfloat16:
-      return run<device::BFloat16>(args, stream);
-    default:
-      return run<float>(args, stream);
-  }
+  return device::with_type(storage, [&](auto type) { return run<decltype(type)>(args, stream); });
 }
 
 }  // namespace fastlm

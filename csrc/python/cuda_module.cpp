@@ -91,8 +91,8 @@ void lstm_cell_backward(int storage, int64_t batch, int64_t hidden, const Named&
 }
 
 GruCellCuda gru_cell_of(int storage, int64_t batch, int64_t hidden, Tensors& t) {
-  return {storage_of(storage), batch,     hidden,      t("gates_x"), t("gates_h"),
-          t("b_ih"),           t("b_hh"), t("h_prev"), t("h")};
+  return {storage_of(storage), batch,      hidden,     t("gates_x"), t("gates_h"),   t("b_ih"),
+          t("b_hh"),           t("ln_ih"), t("ln_hh"), t("h_prev"),  t("zoneout_h"), t("h")};
 }
 
 void gru_cell(int storage, int64_t batch, int64_t hidden, const Named& named, address stream) {
@@ -109,6 +109,8 @@ void gru_cell_backward(int storage, int64_t batch, int64_t hidden, const Named& 
   GruCellGradientsCuda args{};
   args.cell = gru_cell_of(storage, batch, hidden, t);
   args.grad_h = t("grad_h");
+  args.grad_sum_x = t("grad_sum_x");
+  args.grad_sum_h = t("grad_sum_h");
   args.grad_gates_x = t("grad_gates_x");
   args.grad_gates_h = t("grad_gates_h");
   args.grad_h_prev = t("grad_h_prev");

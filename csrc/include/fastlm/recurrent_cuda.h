@@ -40,22 +40,28 @@ struct LstmCellGradientsCuda {
 };
 const char* lstm_cell_backward_cuda(const LstmCellGradientsCuda& args, void* stream);
 
-// The pointwise half of a GRU step, gate order r, z, n: n = tanh(x_n + r h_n), h = (1 - z) n + z h_prev.
+// The pointwise half of a GRU step, gate order r, z, n; N as above:
+//   x = N(gates_x) + b_ih, g = N(gates_h) + b_hh;  r, z = sigmoid(x + g);  n = tanh(x_n + r g_n)
+//   h~ = (1 - z) n + z h_prev;  h = h~ + zoneout_h (h_prev - h~)
 struct GruCellCuda {
   Storage storage;
   int64_t batch, hidden;
-  const void *gates_x, *gates_h;  // [batch, 3 * hidden] W_ih x, W_hh h_prev
+  const void *gates_x, *gates_h;  // [batch, 3 * hidden] W_ih x, W_hh (m h_prev)
   const void *b_ih, *b_hh;        // [3 * hidden] or null
+  const void *ln_ih, *ln_hh;      // [3 * hidden] gains, or null
   const void* h_prev;             // [batch, hidden]
+  const void* zoneout_h;          // [batch, hidden] shares of the old, or null
   void* h;                        // [batch, hidden] out; may be h_prev
 };
 const char* gru_cell_cuda(const GruCellCuda& args, void* stream);
 
+// Its gradients, as the LSTM cell's.
 struct GruCellGradientsCuda {
   GruCellCuda cell;                   // h is not used
   const void* grad_h;                 // [batch, hidden]
-  void *grad_gates_x, *grad_gates_h;  // [batch, 3 * hidden] out
-  void* grad_h_prev;                  // [batch, hidden] out: without what comes through gates_h
+  void *grad_sum_x, *grad_sum_h;      // [batch, 3 * hidden] out: of x and g, in what r multiplies unlike
+  void *grad_gates_x, *grad_gates_h;  // [batch, 3 * hidden] out; or null: the same as the sums', where without gain
+  void* grad_h_prev;                  // [batch, hidden] out, without what comes through gates_h; may be grad_h
 };
 const char* gru_cell_backward_cuda(const GruCellGradientsCuda& args, void* stream);
 

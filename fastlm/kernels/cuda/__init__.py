@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm.kernels import native
 
-__all__ = ["STORAGES", "addresses", "stream", "unavailable", "why_not"]
+__all__ = ["STORAGES", "addresses", "launch_cell", "stream", "unavailable", "why_not"]
 
 STORAGES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes in device memory, by their number in csrc/include/fastlm/storage.h."""
@@ -52,3 +52,10 @@ def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
     for name, tensor in tensors.items():
         assert tensor is None or tensor.is_contiguous(), name
     return {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
+
+
+def launch_cell(kernel: str, h: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
+    """A recurrent cell's kernel for rows like those of h [B, H], on its device and torch's stream there."""
+    with torch.cuda.device_of(h):
+        function = getattr(native.CUDA.require(), kernel)
+        function(STORAGES[h.dtype], *h.shape, addresses(tensors), stream(h.device))

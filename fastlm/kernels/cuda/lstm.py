@@ -8,16 +8,23 @@ one launch for the whole sequence, forward and backward; with it, a product and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastlm.kernels import cuda, native
-from fastlm.reference.recurrent import NORM_EPS
+from fastlm.kernels.cuda.steps import (
+    final,
+    gradient_of_gain,
+    initial_gradient,
+    previous,
+    product_backward,
+    steps,
+    times,
+)
 
 __all__ = ["MOST_ROWS", "Saved", "layer_backward", "layer_forward", "step"]
 
@@ -41,13 +48,6 @@ def _layout(batch_sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor,
     starts = list(accumulate(batch_sizes, initial=0))[:-1]
     running, first = torch.tensor([batch_sizes, starts]).to(device)
     return running, first
-
-
-def _times(batch_sizes: Sequence[int], reverse: bool) -> Iterator[tuple[slice, int]]:
-    """The rows of each step and their number, in the order of computation."""
-    starts = list(accumulate(batch_sizes, initial=0))
-    for t in reversed(range(len(batch_sizes))) if reverse else range(len(batch_sizes)):
-        yield slice(starts[t], starts[t + 1]), batch_sizes[t]
 
 
 def _sequence(
@@ -93,55 +93,29 @@ def layer_forward(
     rows, hidden = input.shape[0], h0.shape[1]
     gates_x = input @ w_ih.t()
     output = input.new_empty(rows, hidden)
-    cells = torch.empty_like(output) if save else None
     gates_h = torch.empty_like(gates_x) if save else None
-    biases = {"b_ih": b_ih, "b_hh": b_hh}
+    parameters = {"b_ih": b_ih, "b_hh": b_hh}
     if ln_ih is None:
+        cells = torch.empty_like(output) if save else None
         h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
         given = {"w_hh": w_hh, "h0": h0, "c0": c0, "dropout": dropout, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
         results = {"output": output, "cells": cells, "gates_h": gates_h, "h_n": h_n, "c_n": c_n}
-        _sequence("lstm_sequence", gates_x, h0, batch_sizes, reverse, given | biases | results)
+        _sequence("lstm_sequence", gates_x, h0, batch_sizes, reverse, given | parameters | results)
     else:
-        h_n, c_n = h0.clone(), c0.clone()
-        biases |= {"ln_ih": ln_ih, "ln_hh": ln_hh, "ln_c": ln_c, "ln_c_bias": ln_c_bias}
-        for at, running in _times(batch_sizes, reverse):
-            h, c = h_n[:running], c_n[:running]
-            product = (h if dropout is None else h * dropout[:running]) @ w_hh.t()
-            states = {"h_prev": h, "c_prev": c, "h": h, "c": c}
-            shares = {
-                "zoneout_h": None if zoneout_h is None else zoneout_h[at],
-                "zoneout_c": None if zoneout_c is None else zoneout_c[at],
-            }
-            _launch("lstm_cell", h, {"gates_x": gates_x[at], "gates_h": product} | states | shares | biases)
-            output[at] = h
-            if cells is not None and gates_h is not None:
-                cells[at], gates_h[at] = c, product
+        cells = torch.empty_like(output)
+        parameters |= {"ln_ih": ln_ih, "ln_hh": ln_hh, "ln_c": ln_c, "ln_c_bias": ln_c_bias}
+        by_rows = {"gates_x": gates_x, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c, "h": output, "c": cells}
+        layout = batch_sizes, reverse
+        for (at, h), (_, c) in zip(steps(h0, output, *layout), steps(c0, cells, *layout), strict=True):
+            masked = h if dropout is None else h * dropout[: len(h)]
+            product = torch.mm(masked, w_hh.t(), out=None if gates_h is None else gates_h[at])
+            of_step = {name: None if t is None else t[at] for name, t in by_rows.items()}
+            states = {"gates_h": product, "h_prev": h, "c_prev": c}
+            cuda.launch_cell("lstm_cell", h, of_step | states | parameters)
+        h_n, c_n = final(output, *layout), final(cells, *layout)
     if not save:
         return output, h_n, c_n, None
     return output, h_n, c_n, Saved((*tensors, output, cells, gates_x, gates_h), batch_sizes, reverse)
-
-
-def _launch(kernel: str, h: Tensor, tensors: dict[str, Tensor | None]) -> None:
-    """A kernel for rows like those of h [B, H]."""
-    with torch.cuda.device_of(h):
-        function = getattr(native.CUDA.require(), kernel)
-        function(cuda.STORAGES[h.dtype], *h.shape, cuda.addresses(tensors), cuda.stream(h.device))
-
-
-def _previous(first: Tensor, after: Tensor, batch_sizes: Sequence[int], reverse: bool) -> Tensor:
-    """The state [N, H] that each row of each step began with: `first` [B, H], or that `after` the step before."""
-    pieces: list[Tensor] = []
-    before: Tensor | None = None
-    for at, running in _times(batch_sizes, reverse):
-        known = 0 if before is None else min(running, before.shape[0])
-        piece = first[known:running]
-        pieces.append(piece if before is None else torch.cat([before[:known], piece]))
-        before = after[at]
-    return torch.cat(pieces[::-1] if reverse else pieces)
-
-
-def _hat(x: Tensor) -> Tensor:
-    return functional.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
 
 
 class _Recurrence(NamedTuple):
@@ -179,25 +153,22 @@ def _normed_recurrence(saved: Saved, grads: Sequence[Tensor | None]) -> _Recurre
     assert w_hh is not None and h0 is not None and c0 is not None and cells is not None and gates_x is not None
     layout = saved.batch_sizes, saved.reverse
     grad_output, grad_h_n, grad_c_n = grads
-    grad_h, grad_c = (
-        torch.zeros_like(state) if grad is None else grad.clone(memory_format=torch.contiguous_format)
-        for state, grad in ((h0, grad_h_n), (c0, grad_c_n))
-    )
+    grad_h, grad_c = initial_gradient(h0, grad_h_n), initial_gradient(c0, grad_c_n)
     grad_sum, grad_gates_x, grad_gates_h = (torch.empty_like(gates_x) for _ in range(3))
     grad_ln_c, grad_ln_c_bias = torch.empty_like(cells), torch.empty_like(cells)
     results = {"grad_sum": grad_sum, "grad_gates_x": grad_gates_x, "grad_gates_h": grad_gates_h}
     results |= {"grad_ln_c": grad_ln_c, "grad_ln_c_bias": grad_ln_c_bias}
     given = {"gates_x": gates_x, "gates_h": gates_h, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
-    everywhere: dict[str, Tensor | None] = given | results | {"c_prev": _previous(c0, cells, *layout)}
+    everywhere: dict[str, Tensor | None] = given | results | {"c_prev": previous(c0, cells, *layout)}
     parameters = {"b_ih": b_ih, "b_hh": b_hh, "ln_ih": ln_ih, "ln_hh": ln_hh, "ln_c": ln_c, "ln_c_bias": ln_c_bias}
-    for at, running in reversed(list(_times(*layout))):
-        h, c = grad_h[:running], grad_c[:running]
+    for at in reversed(times(*layout)):
+        h, c = (grad[: at.stop - at.start] for grad in (grad_h, grad_c))
         if grad_output is not None:
             h += grad_output[at]
-        tensors = {name: None if t is None else t[at] for name, t in everywhere.items()} | parameters
-        _launch("lstm_cell_backward", h, tensors | {"grad_h": h, "grad_c": c, "grad_h_prev": h, "grad_c_prev": c})
-        through = grad_gates_h[at] @ w_hh
-        h += through if dropout is None else through * dropout[:running]
+        of_step = {name: None if t is None else t[at] for name, t in everywhere.items()} | parameters
+        in_place = {"grad_h": h, "grad_c": c, "grad_h_prev": h, "grad_c_prev": c}
+        cuda.launch_cell("lstm_cell_backward", h, of_step | in_place)
+        product_backward(h, grad_gates_h[at], w_hh, dropout)
     return _Recurrence(grad_sum, grad_gates_x, grad_gates_h, grad_ln_c, grad_ln_c_bias, grad_h, grad_c)
 
 
@@ -210,13 +181,10 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
     found = (_recurrence if ln_ih is None else _normed_recurrence)(saved, grads)
     of_w_hh = None
     if needs[2]:
-        h_prev = _previous(h0, output, saved.batch_sizes, saved.reverse)
+        h_prev = previous(h0, output, saved.batch_sizes, saved.reverse)
         if dropout is not None:
             h_prev = h_prev * torch.cat([dropout[:running] for running in saved.batch_sizes])
         of_w_hh = found.gates_h.t() @ h_prev
-
-    def of_gain(product: Tensor) -> Tensor:
-        return (found.sum.float() * _hat(product)).sum(0).to(input.dtype)
 
     of_c = [None if t is None else t.sum(0) for t in (found.ln_c, found.ln_c_bias)]
     return (
@@ -225,8 +193,8 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
         of_w_hh,
         found.sum.sum(0) if needs[3] else None,
         found.sum.sum(0) if needs[4] else None,
-        of_gain(gates_x) if needs[5] else None,
-        of_gain(gates_h) if needs[6] else None,
+        gradient_of_gain(found.sum, gates_x) if needs[5] else None,
+        gradient_of_gain(found.sum, gates_h) if needs[6] else None,
         *(grad if need else None for grad, need in zip(of_c, needs[7:9], strict=True)),
         found.h0 if needs[9] else None,
         found.c0 if needs[10] else None,

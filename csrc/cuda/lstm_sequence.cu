@@ -1,4 +1,4 @@
-// Launchers of the recurrent kernels.
+// Launchers of one LSTM step and of sequences.
 #include "fastlm/recurrent_cuda.h"
 
 #include "launch.h"
@@ -8,19 +8,6 @@ namespace fastlm {
 namespace {
 
 using device::Shape;
-
-// Calls f with a value of the storage's type.
-template <typename F>
-const char* with_type(Storage storage, F f) {
-  switch (storage) {
-    case Storage::float16:
-      return f(device::Half{});
-    case Storage::bfloat16:
-      return f(device::BFloat16{});
-    default:
-      return f(float{});
-  }
-}
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -35,45 +22,11 @@ int64_t units_of_block(int64_t hidden, int multiprocessors) {
 
 }  // namespace
 
-const char* lstm_cell_cuda(const LstmCellCuda& args, void* stream) {
-  if (args.batch == 0) return nullptr;
-  const Shape shape{unsigned(args.batch), device::kCellThreads, args.ln_c ? std::size_t(args.hidden) * 4 : 0, false};
-  return with_type(args.storage, [&](auto type) {
-    return device::launch(device::lstm_cell_kernel<decltype(type)>, shape, stream, args);
-  });
-}
-
-const char* lstm_cell_backward_cuda(const LstmCellGradientsCuda& args, void* stream) {
-  if (args.cell.batch == 0) return nullptr;
-  const bool norm = args.cell.ln_c != nullptr || args.cell.ln_ih != nullptr || args.cell.ln_hh != nullptr;
-  const Shape shape{unsigned(args.cell.batch), device::kCellThreads, norm ? std::size_t(args.cell.hidden) * 24 : 0,
-                    false};
-  return with_type(args.cell.storage, [&](auto type) {
-    return device::launch(device::lstm_cell_backward_kernel<decltype(type)>, shape, stream, args);
-  });
-}
-
-const char* gru_cell_cuda(const GruCellCuda& args, void* stream) {
-  if (args.batch == 0) return nullptr;
-  const Shape shape{unsigned(args.batch), device::kCellThreads, 0, false};
-  return with_type(args.storage, [&](auto type) {
-    return device::launch(device::gru_cell_kernel<decltype(type)>, shape, stream, args);
-  });
-}
-
-const char* gru_cell_backward_cuda(const GruCellGradientsCuda& args, void* stream) {
-  if (args.cell.batch == 0) return nullptr;
-  const Shape shape{unsigned(args.cell.batch), device::kCellThreads, 0, false};
-  return with_type(args.cell.storage, [&](auto type) {
-    return device::launch(device::gru_cell_backward_kernel<decltype(type)>, shape, stream, args);
-  });
-}
-
 const char* lstm_step_cuda(const LstmStepCuda& args, void* stream) {
   if (args.batch == 0) return nullptr;
   constexpr int kUnits = device::kStepThreads / device::kWarp;
   const Shape shape{unsigned((args.hidden + kUnits - 1) / kUnits), device::kStepThreads, 0, false};
-  return with_type(args.storage, [&](auto type) {
+  return device::with_type(args.storage, [&](auto type) {
     using T = decltype(type);
     constexpr int kPack = 16 / sizeof(T);
     const bool whole = args.inputs % kPack == 0 && args.hidden % kPack == 0 && aligned(args.x) &&
@@ -93,7 +46,7 @@ const char* lstm_sequence_cuda(const LstmSequenceCuda& args, void* stream) {
   if (args.batch == 0 || args.steps == 0) return nullptr;
   device::Limits limits;
   if (const char* error = device::limits(&limits)) return error;
-  return with_type(args.storage, [&](auto type) -> const char* {
+  return device::with_type(args.storage, [&](auto type) -> const char* {
     using T = decltype(type);
     device::LstmSequenceLaunch launch{};
     launch.args = args;
@@ -119,7 +72,7 @@ const char* lstm_sequence_backward_cuda(const LstmSequenceGradientsCuda& args, v
   if (a.batch == 0 || a.steps == 0) return nullptr;
   device::Limits limits;
   if (const char* error = device::limits(&limits)) return error;
-  return with_type(a.storage, [&](auto type) -> const char* {
+  return device::with_type(a.storage, [&](auto type) -> const char* {
     using T = decltype(type);
     device::LstmSequenceBackwardLaunch launch{};
     launch.args = args;

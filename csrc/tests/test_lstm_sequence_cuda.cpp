@@ -1,48 +1,10 @@
-// The CUDA recurrent kernels' device code on the CPU, against the formulas in double, without a race. Half precision
-// and the gradients of the cells are compared with fastlm.reference in tests/kernels/test_cuda_on_cpu.py.
-#include <cmath>
-#include <cstring>
-#include <string>
-#include <vector>
-
-#include "../cuda/recurrent.cu"
+// The LSTM step's and sequences' device code on the CPU, against the formulas in double, without a race. Half precision
+// is compared with fastlm.reference in tests/kernels/test_cuda_on_cpu.py.
+#include "../cuda/lstm_sequence.cu"
 #include "check.h"
+#include "cuda_memory.h"
 
 namespace {
-
-struct Random {
-  uint32_t state = 3;
-  float operator()(float scale) {
-    state = state * 1664525u + 1013904223u;
-    return (float(state >> 8) / (1 << 23) - 1) * scale;
-  }
-};
-
-// Device memory: known to the shim by name.
-struct Memory {
-  std::vector<std::vector<float>> kept;
-  Random random;
-  Memory() { kept.reserve(64); }
-  ~Memory() {
-    shim::forget_all();
-    shim::options() = shim::Options();
-  }
-  float* operator()(const char* name, int64_t n, float scale) {
-    kept.emplace_back(n);
-    for (float& x : kept.back()) x = scale == 0 ? NAN : random(scale);
-    shim::watch(name, kept.back().data(), n * 4);
-    return kept.back().data();
-  }
-};
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
-double share(const float* p, int64_t i) { return p == nullptr ? 0 : p[i]; }
-
-std::string told(std::string error) {
-  if (!error.empty()) std::puts(error.c_str());
-  return error;
-}
-std::string told(const char* error) { return told(std::string(error == nullptr ? "" : error)); }
 
 // A sequence with its gradients, in device memory with every result poisoned.
 struct SequenceCase {
@@ -255,85 +217,15 @@ FASTLM_TEST_ONCE(lstm_step_and_cell_cuda_agree_with_the_formula) {
     }
 }
 
-namespace {
-
-// The cells with every option at once: each exchange through shared memory is on the way.
-struct CellCase {
-  Memory memory;
-  fastlm::LstmCellGradientsCuda g{};
-
-  explicit CellCase(int64_t n) {
-    const int64_t batch = 2;
-    fastlm::LstmCellCuda& a = g.cell;
-    a.batch = batch;
-    a.hidden = n;
-    a.gates_x = memory("gates_x", batch * 4 * n, 1);
-    a.gates_h = memory("gates_h", batch * 4 * n, 1);
-    a.b_ih = memory("b_ih", 4 * n, 1);
-    a.b_hh = memory("b_hh", 4 * n, 1);
-    a.ln_ih = memory("ln_ih", 4 * n, 1);
-    a.ln_hh = memory("ln_hh", 4 * n, 1);
-    a.ln_c = memory("ln_c", n, 1);
-    a.ln_c_bias = memory("ln_c_bias", n, 1);
-    a.h_prev = memory("h_prev", batch * n, 1);
-    a.c_prev = memory("c_prev", batch * n, 1);
-    a.zoneout_h = memory("zoneout_h", batch * n, 1);
-    a.zoneout_c = memory("zoneout_c", batch * n, 1);
-    a.h = memory("h", batch * n, 0);
-    a.c = memory("c", batch * n, 0);
-    g.grad_h = memory("grad_h", batch * n, 1);
-    g.grad_c = memory("grad_c", batch * n, 1);
-    g.grad_sum = memory("grad_sum", batch * 4 * n, 0);
-    g.grad_gates_x = memory("grad_gates_x", batch * 4 * n, 0);
-    g.grad_gates_h = memory("grad_gates_h", batch * 4 * n, 0);
-    g.grad_ln_c = memory("grad_ln_c", batch * n, 0);
-    g.grad_ln_c_bias = memory("grad_ln_c_bias", batch * n, 0);
-    g.grad_h_prev = memory("grad_h_prev", batch * n, 0);
-    g.grad_c_prev = memory("grad_c_prev", batch * n, 0);
-  }
-  std::string run() const {
-    const char* error = fastlm::lstm_cell_cuda(g.cell, nullptr);
-    if (error == nullptr) error = fastlm::lstm_cell_backward_cuda(g, nullptr);
-    return error == nullptr ? "" : error;
-  }
-};
-
-}  // namespace
-
-FASTLM_TEST_ONCE(cells_cuda_have_no_race) {
-  for (const int64_t n : {3, 300}) {
-    CellCase c(n);
-    CHECK(told(c.run()).empty());
-    for (const std::vector<float>& values : c.memory.kept)
-      for (const float v : values) CHECK(std::isfinite(v));
-  }
-}
-
-// A barrier or fence that could be left out without the shim's noticing would be one too many, or the shim blind to it.
-FASTLM_TEST_ONCE(recurrent_cuda_kernels_need_every_barrier_and_fence) {
+FASTLM_TEST_ONCE(lstm_sequence_cuda_kernels_need_every_barrier_and_fence) {
   if (!shim::logs_accesses()) return;
   const auto run = [](shim::Site without) {
-    std::string error;
-    {
-      CellCase cells(300);
-      shim::options().without = without;
-      error = cells.run();
-    }
-    if (!error.empty()) return error;
     SequenceCase sequence(37, kRunning[1], 63);
     shim::options().without = without;
     return sequence.run();
   };
   CHECK(run({}) == "");
   int planted = 0;
-  for (const shim::Site& site : std::vector<shim::Site>(shim::sites())) {
-    if (std::strstr(site.file, "cell.cuh") == nullptr && std::strstr(site.file, "lstm_sequence") == nullptr &&
-        std::strstr(site.file, "device.cuh") == nullptr)
-      continue;
-    ++planted;
-    const std::string error = run(site);
-    if (error.empty()) std::printf("%s:%d can be left out\n", site.file, site.line);
-    CHECK(!error.empty());
-  }
-  CHECK(planted >= 10);
+  CHECK(needless({"lstm_sequence", "device.cuh"}, run, &planted).empty());
+  CHECK(planted >= 7);
 }
