@@ -99,22 +99,23 @@ struct GateRow {
   FASTLM_DEVICE float from_h(int64_t j) const {
     return (a.ln_hh == nullptr ? h(j) : norm_h.hat(h(j)) * get<T>(a.ln_hh, j)) + get<T>(a.b_hh, j);
   }
-  FASTLM_DEVICE bool normed() const { return a.ln_ih != nullptr || a.ln_hh != nullptr; }
 
-  // Writes the gradients of the products that are normalised, given those of from_x and from_h by functions of j that
-  // read shared memory.
-  template <typename OfX, typename OfH>
-  FASTLM_DEVICE void backward(OfX of_x, OfH of_h, void* grad_gates_x, void* grad_gates_h, BlockSums& shared) const {
-    if (!normed()) return;
-    __syncthreads();  // the gradients were stored by units, and are read by gates
+  // Writes the gradients of the products that are normalised, given those of from_x and from_h [rows, G * hidden], which
+  // the block has just written.
+  FASTLM_DEVICE void backward(const void* of_x, const void* of_h, void* grad_gates_x, void* grad_gates_h,
+                              BlockSums& shared) const {
+    if (a.ln_ih == nullptr && a.ln_hh == nullptr) return;
+    __syncthreads();  // they were written by units, and are read by gates
     const int64_t n = G * a.hidden;
     if (a.ln_ih != nullptr)
       norm_backward(
-          n, norm_x, [this](int64_t j) { return x(j); }, [&](int64_t j) { return of_x(j) * get<T>(a.ln_ih, j); },
+          n, norm_x, [this](int64_t j) { return x(j); },
+          [&](int64_t j) { return get<T>(of_x, first + j) * get<T>(a.ln_ih, j); },
           [&](int64_t j, float grad) { put<T>(grad_gates_x, first + j, grad); }, shared);
     if (a.ln_hh != nullptr)
       norm_backward(
-          n, norm_h, [this](int64_t j) { return h(j); }, [&](int64_t j) { return of_h(j) * get<T>(a.ln_hh, j); },
+          n, norm_h, [this](int64_t j) { return h(j); },
+          [&](int64_t j) { return get<T>(of_h, first + j) * get<T>(a.ln_hh, j); },
           [&](int64_t j, float grad) { put<T>(grad_gates_h, first + j, grad); }, shared);
   }
 };

@@ -7,42 +7,38 @@
 namespace fastlm {
 namespace {
 
-using device::Shape;
+// A block for each row, with `floats` of dynamic shared memory for each unit.
+template <typename Cell, typename Launch>
+const char* each_row(const Cell& cell, int floats, Launch launch) {
+  if (cell.batch == 0) return nullptr;
+  return device::with_type(cell.storage, [&](auto type) {
+    return launch(type, device::Shape{unsigned(cell.batch), device::kCellThreads, std::size_t(cell.hidden) * floats * 4,
+                                      false});
+  });
+}
 
 }  // namespace
 
 const char* lstm_cell_cuda(const LstmCellCuda& args, void* stream) {
-  if (args.batch == 0) return nullptr;
-  const Shape shape{unsigned(args.batch), device::kCellThreads, args.ln_c ? std::size_t(args.hidden) * 4 : 0, false};
-  return device::with_type(args.storage, [&](auto type) {
+  return each_row(args, args.ln_c ? 1 : 0, [&](auto type, const device::Shape& shape) {
     return device::launch(device::lstm_cell_kernel<decltype(type)>, shape, stream, args);
   });
 }
 
 const char* lstm_cell_backward_cuda(const LstmCellGradientsCuda& args, void* stream) {
-  if (args.cell.batch == 0) return nullptr;
-  const bool norm = args.cell.ln_c != nullptr || args.cell.ln_ih != nullptr || args.cell.ln_hh != nullptr;
-  const Shape shape{unsigned(args.cell.batch), device::kCellThreads, norm ? std::size_t(args.cell.hidden) * 24 : 0,
-                    false};
-  return device::with_type(args.cell.storage, [&](auto type) {
+  return each_row(args.cell, args.cell.ln_c ? 2 : 0, [&](auto type, const device::Shape& shape) {
     return device::launch(device::lstm_cell_backward_kernel<decltype(type)>, shape, stream, args);
   });
 }
 
 const char* gru_cell_cuda(const GruCellCuda& args, void* stream) {
-  if (args.batch == 0) return nullptr;
-  const Shape shape{unsigned(args.batch), device::kCellThreads, 0, false};
-  return device::with_type(args.storage, [&](auto type) {
+  return each_row(args, 0, [&](auto type, const device::Shape& shape) {
     return device::launch(device::gru_cell_kernel<decltype(type)>, shape, stream, args);
   });
 }
 
 const char* gru_cell_backward_cuda(const GruCellGradientsCuda& args, void* stream) {
-  if (args.cell.batch == 0) return nullptr;
-  const bool norm = args.cell.ln_ih != nullptr || args.cell.ln_hh != nullptr;
-  const Shape shape{unsigned(args.cell.batch), device::kCellThreads, norm ? std::size_t(args.cell.hidden) * 16 : 0,
-                    false};
-  return device::with_type(args.cell.storage, [&](auto type) {
+  return each_row(args.cell, 0, [&](auto type, const device::Shape& shape) {
     return device::launch(device::gru_cell_backward_kernel<decltype(type)>, shape, stream, args);
   });
 }

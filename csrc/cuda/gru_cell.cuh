@@ -36,35 +36,28 @@ __global__ void __launch_bounds__(kCellThreads, 3) gru_cell_kernel(GruCellCuda a
   }
 }
 
-// Dynamic shared memory: [4 * hidden] floats with any gain.
 template <typename T>
 __global__ void __launch_bounds__(kCellThreads, 3) gru_cell_backward_kernel(GruCellGradientsCuda args) {
   FASTLM_SHARED(BlockSums, shared);
-  FASTLM_DYNAMIC_SHARED(bytes);
   const GruCellCuda& a = args.cell;
   const int64_t n = a.hidden;
-  float* const kept = reinterpret_cast<float*>(bytes);  // of r, z, n, and of what r multiplies
   const GruRow<T> row(a, blockIdx.x, shared);
   const int64_t start = row.row * n;
   for (int64_t u = threadIdx.x; u < n; u += kCellThreads) {
     const GruGates gates = GruGates::of(row, u);
     const float keep = get<T>(a.zoneout_h, start + u), of_h = get<T>(args.grad_h, start + u), grad = of_h * (1 - keep);
     const float of_n = grad * (1 - gates.z) * (1 - gates.n * gates.n);
-    const float sums[4] = {of_n * gates.h_n * gates.r * (1 - gates.r),
-                           grad * (get<T>(a.h_prev, start + u) - gates.n) * gates.z * (1 - gates.z), of_n,
-                           of_n * gates.r};
+    const float of_r = of_n * gates.h_n * gates.r * (1 - gates.r);
+    const float of_z = grad * (get<T>(a.h_prev, start + u) - gates.n) * gates.z * (1 - gates.z);
+    const float of_x[3] = {of_r, of_z, of_n}, of_g[3] = {of_r, of_z, of_n * gates.r};
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-      put<T>(args.grad_sum_x, row.first + k * n + u, sums[k]);
-      put<T>(args.grad_sum_h, row.first + k * n + u, sums[k == 2 ? 3 : k]);
+      put<T>(args.grad_sum_x, row.first + k * n + u, of_x[k]);
+      put<T>(args.grad_sum_h, row.first + k * n + u, of_g[k]);
     }
-    if (row.normed())
-#pragma unroll
-      for (int k = 0; k < 4; ++k) kept[k * n + u] = sums[k];
     put<T>(args.grad_h_prev, start + u, of_h * keep + grad * gates.z);
   }
-  row.backward([=](int64_t j) { return kept[j]; }, [=](int64_t j) { return kept[j < 2 * n ? j : j + n]; },
-               args.grad_gates_x, args.grad_gates_h, shared);
+  row.backward(args.grad_sum_x, args.grad_sum_h, args.grad_gates_x, args.grad_gates_h, shared);
 }
 
 }  // namespace device

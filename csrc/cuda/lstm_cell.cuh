@@ -57,14 +57,14 @@ __global__ void __launch_bounds__(kCellThreads, 3) lstm_cell_kernel(LstmCellCuda
   }
 }
 
-// Dynamic shared memory: [6 * hidden] floats with any gain.
+// Dynamic shared memory: [2 * hidden] floats with ln_c.
 template <typename T>
 __global__ void __launch_bounds__(kCellThreads, 3) lstm_cell_backward_kernel(LstmCellGradientsCuda args) {
   FASTLM_SHARED(BlockSums, shared);
   FASTLM_DYNAMIC_SHARED(bytes);
   const LstmCellCuda& a = args.cell;
   const int64_t n = a.hidden;
-  float *const new_c = reinterpret_cast<float*>(bytes), *const grad_c = new_c + n, *const grad_sum = grad_c + n;
+  float *const new_c = reinterpret_cast<float*>(bytes), *const grad_c = new_c + n;
   const LstmRow<T> row(a, blockIdx.x, shared);
   const int64_t start = row.row * n;
   Norm norm_c;
@@ -104,15 +104,11 @@ __global__ void __launch_bounds__(kCellThreads, 3) lstm_cell_backward_kernel(Lst
     float sums[4];
     gates.gradients(grad, new_h, c_prev, squashed, sums);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      put<T>(args.grad_sum, 4 * start + k * n + u, sums[k]);
-      if (row.normed()) grad_sum[k * n + u] = sums[k];
-    }
+    for (int k = 0; k < 4; ++k) put<T>(args.grad_sum, row.first + k * n + u, sums[k]);
     put<T>(args.grad_h_prev, start + u, of_h * keep_h);
     put<T>(args.grad_c_prev, start + u, of_c * keep_c + grad * gates.f);
   }
-  const auto of_sum = [=](int64_t j) { return grad_sum[j]; };
-  row.backward(of_sum, of_sum, args.grad_gates_x, args.grad_gates_h, shared);
+  row.backward(args.grad_sum, args.grad_sum, args.grad_gates_x, args.grad_gates_h, shared);
 }
 
 }  // namespace device
