@@ -1,4 +1,4 @@
-"""LSTMs on a GPU, float32: one step and sequences against cuDNN's; what cuDNN lacks against the loop in PyTorch."""
+"""LSTMs and GRUs on a GPU, float32: steps and sequences against cuDNN's; what it lacks against the loop in PyTorch."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ def cases(device: str = "cuda", small: bool = False) -> Iterator[Case]:
         for backward in (False,) if steps == 1 else (False, True):
             yield _case(batch, steps, width, backward, device)
     for batch, steps, width in ((2, 5, 16),) if small else _VARIANT_SHAPES:
-        for name, options in lstm_variants.VARIANTS.items():
-            yield _variant(name, options, batch, steps, width, device)
+        for kind in ("LSTM", "GRU"):
+            for name, options in lstm_variants.VARIANTS.items():
+                yield _variant(kind, name, options, batch, steps, width, device)
 
 
-def _variant(name: str, options: dict[str, Any], batch: int, steps: int, width: int, device: str) -> Case:
+def _variant(kind: str, name: str, options: dict[str, Any], batch: int, steps: int, width: int, device: str) -> Case:
     torch.manual_seed(0)
-    module = fastlm.nn.LSTM(width, width, **options).to(device)
+    module = getattr(fastlm.nn, kind)(width, width, **options).to(device)
     x = torch.randn(steps, batch, width, device=device)
     elements = sum(p.numel() for p in module.parameters())
     return Case(
-        name="LSTM variant, float32, forward+backward",
+        name=f"{kind} variant, float32, forward+backward",
         shape=f"batch {batch}, {steps} steps, width {width}, {name}",
         peer_name="the loop in PyTorch",
         gate=lambda: lstm_variants.gate(module, x),

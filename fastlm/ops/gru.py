@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import _VF, Tensor, autograd
 
-from fastlm.kernels import cuda
 from fastlm.kernels.cuda import gru as cuda_kernel
-from fastlm.ops.library import autograd_by_reference, tracing
+from fastlm.ops.library import autograd_by_reference, cuda_why_not, tracing
 from fastlm.ops.recurrent import (
     SequenceOp,
     check_cell,
@@ -70,7 +69,7 @@ GRU_CELL = Op(
         Implementation("cpu", native_cell("gru"), native_cell_why_not),
         Implementation("torch", _VF.gru_cell, always),
         # After torch's, which is fused as well, until there are measurements on a GPU that put it first.
-        Implementation("cuda", _CudaCell.apply, cuda.why_not),
+        Implementation("cuda", _CudaCell.apply, cuda_why_not),
         Implementation("reference", reference.gru_cell, always),
     ],
 )

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fastlm.kernels import native
+from fastlm.kernels import cuda, native
 from fastlm.ops.checks import describe
 from fastlm.ops.registry import choosing, forced_backend
 
 __all__ = [
     "autograd_by_reference",
     "autograd_in_custom_op",
+    "cuda_why_not",
     "differentiable_once",
     "needs_grad",
     "opaque_kernel_why_not",
@@ -66,6 +67,11 @@ def opaque_kernel_why_not(
             names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             return f"a {type(tensor).__name__} of {describe(tensor)}: the kernel takes plain {names} on the CPU"
     return _transform()
+
+
+def cuda_why_not(*tensors: Tensor | None) -> str | None:
+    """Why a kernel in CUDA C++, of which torch sees nothing, can't take these tensors; None where it can."""
+    return cuda.why_not(*tensors) or _transform()
 
 
 def triton_why_not(*tensors: Tensor | None) -> str | None:

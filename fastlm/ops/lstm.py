@@ -13,7 +13,14 @@ from fastlm.kernels import cuda, native
 from fastlm.kernels.cpu import lstm as kernel
 from fastlm.kernels.cuda import lstm as cuda_kernel
 from fastlm.ops.checks import refuse
-from fastlm.ops.library import autograd_by_reference, needs_grad, opaque_kernel_why_not, tracing, undisturbed
+from fastlm.ops.library import (
+    autograd_by_reference,
+    cuda_why_not,
+    needs_grad,
+    opaque_kernel_why_not,
+    tracing,
+    undisturbed,
+)
 from fastlm.ops.recurrent import NATIVE_DTYPES, SequenceOp, check_cell, in_float32, matrix_unit_why_not, torch_sequence
 from fastlm.ops.recurrent_variants import LSTM_VARIANT, drawn
 from fastlm.ops.registry import Implementation, Op, always
@@ -190,7 +197,7 @@ def _cuda_run(*arguments: Any) -> tuple[Tensor, States]:
 
 def _cuda_step_why_not(rows: int, *tensors: Tensor | None) -> str | None:
     """Of one step without gradients; all else of the plain LSTM is faster in cuDNN and cuBLAS, that is, by torch."""
-    return cuda.why_not(*tensors) or refuse(
+    return cuda_why_not(*tensors) or refuse(
         (needs_grad(*tensors), "a gradient is wanted: torch's is faster (cuDNN)"),
         (rows == 0, "the batch is empty"),
         (rows > cuda_kernel.MOST_ROWS, f"there are {rows} rows: from {cuda_kernel.MOST_ROWS + 1} on torch is faster"),

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, autograd
 
-from fastlm.kernels import cuda, native
+from fastlm.kernels import native
 from fastlm.kernels.cpu import lstm_variants as lstm_kernel
+from fastlm.kernels.cuda import gru as cuda_gru_kernel
 from fastlm.kernels.cuda import lstm as cuda_lstm_kernel
 from fastlm.ops.checks import expect_shape
-from fastlm.ops.library import needs_grad, opaque_kernel_why_not
+from fastlm.ops.library import cuda_why_not, needs_grad, opaque_kernel_why_not
 from fastlm.ops.recurrent import NATIVE_DTYPES, SequenceOp, in_float32
 from fastlm.ops.registry import Implementation, always
 from fastlm.reference import gru, lstm
@@ -108,7 +109,7 @@ def _cpu(by: Any) -> Implementation:
 
 
 def _cuda(by: Any) -> Implementation:
-    return Implementation("cuda", _run_by(layer_by(by)), _why_not_by(cuda.why_not))
+    return Implementation("cuda", _run_by(layer_by(by)), _why_not_by(cuda_why_not))
 
 
 _SCHEMA = ", bool layer_norm, Tensor? dropout_mask, Tensor? zoneout_h"
@@ -120,7 +121,13 @@ LSTM_VARIANT = SequenceOp(
     f"{_SCHEMA}, Tensor? zoneout_c",
 )
 
-GRU_VARIANT = SequenceOp("gru_variant", 3, [Implementation("reference", gru.gru, always)], _SCHEMA)
+GRU_VARIANT = SequenceOp(
+    "gru_variant",
+    3,
+    # On CUDA a product and a kernel for each step: only the LSTM has a kernel for the whole sequence.
+    [_cuda(cuda_gru_kernel), Implementation("reference", gru.gru, always)],
+    _SCHEMA,
+)
 
 
 def drawn(op: str, recurrent_dropout: float, zoneout: Sequence[float], training: bool) -> Draw:

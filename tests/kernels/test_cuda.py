@@ -72,10 +72,11 @@ def _on_device(inputs: Inputs) -> Inputs:
 @pytest.mark.gpu
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize(("hidden", "batch"), [(33, 1), (650, 20), (1024, 16)])
-def test_variants_on_a_device(hidden: int, batch: int, layer_norm: bool) -> None:
+@pytest.mark.parametrize("op", ["lstm_variant", "gru_variant"])
+def test_variants_on_a_device(op: str, hidden: int, batch: int, layer_norm: bool) -> None:
     torch.manual_seed(0)
     lengths = tuple(max(1, 12 - row) for row in range(batch))
-    case = Case("lstm_variant", hidden=hidden, width=16, lengths=lengths, layer_norm=layer_norm, noise="dhc")
+    case = Case(op, hidden=hidden, width=16, lengths=lengths, layer_norm=layer_norm, noise="dhc")
     case = replace(case, bidirectional=True)
     single = make_inputs(case).to(torch.float32)
     exact = named_results(case, single.to(torch.float64), run_reference)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.kernels import cuda, native
+from fastlm.kernels.cuda import gru as gru_kernel
 from fastlm.kernels.cuda import lstm as lstm_kernel
 from fastlm.ops.recurrent_variants import layer_by
 from fastlm.reference import gru as gru_reference
@@ -48,15 +49,25 @@ def by_cuda(case: Case, inputs: Any) -> list[Tensor]:
         return call(case, inputs)
 
 
-BASE = Case(op="lstm_variant")
+LSTM = Case(op="lstm_variant")
+GRU = Case(op="gru_variant", hidden=9, width=9)
+NORM = {"layer_norm": True, "width": 9}
+RAGGED = {"batch": 9, "lengths": (4, 4, 3, 3, 3, 3, 2, 1, 1), "bidirectional": True}
 GRID = [
-    BASE,
-    replace(BASE, hidden=33, batch=1, noise="d"),
-    replace(BASE, hidden=40, batch=9, lengths=(4, 4, 3, 3, 3, 3, 2, 1, 1), noise="dhc", bidirectional=True),
-    replace(BASE, lengths=(5, 2, 1), noise="e", bias=False, num_layers=2),
-    replace(BASE, hidden=17, width=9, layer_norm=True),
-    replace(BASE, hidden=16, width=9, layer_norm=True, lengths=(4, 3, 1), noise="dhc", bidirectional=True),
-    replace(BASE, hidden=12, width=9, layer_norm=True, noise="e", bias=False, batch_first=True),
+    LSTM,
+    replace(LSTM, hidden=33, batch=1, noise="d"),
+    replace(LSTM, hidden=40, noise="dhc", **RAGGED),
+    replace(LSTM, lengths=(5, 2, 1), noise="e", bias=False, num_layers=2),
+    replace(LSTM, hidden=17, **NORM),
+    replace(LSTM, hidden=16, lengths=(4, 3, 1), noise="dhc", bidirectional=True, **NORM),
+    replace(LSTM, hidden=12, noise="e", bias=False, batch_first=True, **NORM),
+    # Every variant and every pair of them, then all else.
+    *(replace(GRU, layer_norm=norm, noise=noise) for norm in (False, True) for noise in ("", "d", "h", "dh")),
+    replace(GRU, hidden=300, steps=2, layer_norm=True, noise="dh"),
+    replace(GRU, hidden=33, batch=1, noise="e"),
+    replace(GRU, hidden=40, noise="dh", **RAGGED),
+    replace(GRU, hidden=17, noise="dh", **RAGGED, **NORM),
+    replace(GRU, hidden=12, noise="e", bias=False, num_layers=2, batch_first=True, **NORM),
 ]
 
 
@@ -66,25 +77,47 @@ def test_variants_meet_the_bound(case: Case) -> None:
     compare(case, by_cuda, floor=1e-5, least=1e-3)
 
 
+@pytest.mark.parametrize("op", ["lstm_variant", "gru_variant"])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_autocast_does_not_reach_the_products(op: str, layer_norm: bool) -> None:
+    """They would be of another dtype than the kernel is told; the backward may be called within autocast as well."""
+    torch.manual_seed(0)
+    case = replace(Case(op=op, width=9, hidden=9), layer_norm=layer_norm, noise="dh", lengths=(3, 3, 2))
+    inputs = make_inputs(case).to(torch.float32)
+    want = named_results(case, inputs, by_cuda)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = named_results(case, inputs, by_cuda)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_normalisation_keeps_no_row_of_gates_in_shared_memory(shim: Any) -> None:
+    """Which would bound the hidden size."""
+    shim.set_options(1, True, 3, 8 * 40)
+    torch.manual_seed(0)
+    for case in (LSTM, GRU):
+        compare(replace(case, hidden=40, **NORM), by_cuda, floor=1e-5, least=1e-3)
+
+
 @pytest.mark.parametrize(("multiprocessors", "shared"), [(1, 64 << 10), (7, 9000), (2, 20000)])
 def test_blocks_and_shared_memory_change_nothing(shim: Any, multiprocessors: int, shared: int) -> None:
     """Weights for which shared memory has no room are read where they are, forward and backward."""
     shim.set_options(2, True, multiprocessors, shared)
     torch.manual_seed(0)
-    compare(replace(BASE, hidden=45, batch=9, noise="dhc", lengths=(4, 4, 3, 1)), by_cuda, floor=1e-5, least=1e-3)
+    compare(replace(LSTM, hidden=45, batch=9, noise="dhc", lengths=(4, 4, 3, 1)), by_cuda, floor=1e-5, least=1e-3)
 
 
 @pytest.mark.slow
 @settings(parent=_SETTINGS, max_examples=40)
-@given(case=any_case("lstm_variant"))
+@given(case=any_case("lstm_variant") | any_case("gru_variant"))
 def test_any_variant_meets_the_bound(case: Case) -> None:
     compare(case, by_cuda, floor=1e-5, least=1e-3)
 
 
+@pytest.mark.parametrize(("op", "kernel"), [("lstm_variant", lstm_kernel), ("gru_variant", gru_kernel)])
 @pytest.mark.parametrize("fault", sorted(faults(layer_by(lstm_kernel))))
-def test_faults_are_found(fault: str) -> None:
+def test_faults_are_found(fault: str, op: str, kernel: Any) -> None:
     torch.manual_seed(0)
-    wrong = faults(layer_by(lstm_kernel))[fault]
+    wrong = faults(layer_by(kernel))[fault]
 
     def run(case: Case, inputs: Any) -> Any:
         layout = (case.num_layers, case.bidirectional, case.batch_first, case.bias, 0.0, case.layer_norm)
@@ -95,15 +128,16 @@ def test_faults_are_found(fault: str) -> None:
         return [output, *final]
 
     with pytest.raises(AssertionError, match="exceeds"):
-        compare(case_for_fault("lstm_variant", fault), run, floor=1e-5, least=1e-3)
+        compare(case_for_fault(op, fault), run, floor=1e-5, least=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_half_precision_meets_the_bound(dtype: torch.dtype, layer_norm: bool) -> None:
+@pytest.mark.parametrize("op", ["lstm_variant", "gru_variant"])
+def test_half_precision_meets_the_bound(op: str, dtype: torch.dtype, layer_norm: bool) -> None:
     """Rounding is that of the storage: the error is that of the reference in that dtype at most."""
     torch.manual_seed(0)
-    case = replace(BASE, hidden=24, width=9, layer_norm=layer_norm, noise="dhc", lengths=(3, 3, 2))
+    case = Case(op=op, hidden=24, width=9, layer_norm=layer_norm, noise="dhc", lengths=(3, 3, 2))
     low = make_inputs(case).to(dtype)
     exact = named_results(case, low.to(torch.float64), run_reference)
     peer = named_results(case, low, run_reference)
@@ -159,6 +193,14 @@ def test_dispatch_says_why() -> None:
     assert dict(ops.explain("lstm", x[:1], (h, h), weights).reasons)["cuda"] is None
     many = torch.zeros(9, 8)
     assert "9 rows" in dict(ops.explain("lstm_cell", many, (many, many), *weights).reasons)["cuda"]
+    reasons: list[Any] = []
+
+    def cell(row: Tensor) -> Tensor:
+        reasons.append(dict(ops.explain("lstm_cell", row, (row, row), *weights).reasons)["cuda"])
+        return row
+
+    torch.func.vmap(cell)(x)
+    assert reasons == ["inside a transform of torch.func"]
     wide = [w.double() for w in weights]
     assert "float64" in dict(ops.explain("lstm_cell", x[0].double(), (h[0].double(),) * 2, *wide).reasons)["cuda"]
 

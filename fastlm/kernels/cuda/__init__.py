@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastlm.kernels import native
 
-__all__ = ["STORAGES", "addresses", "launch_cell", "stream", "unavailable", "why_not"]
+__all__ = ["STORAGES", "addresses", "launch_cell", "stream", "unavailable", "why_not", "without_autocast"]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 STORAGES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes in device memory, by their number in csrc/include/fastlm/storage.h."""
@@ -35,7 +41,11 @@ def why_not(*tensors: Tensor | None) -> str | None:
     wanted = "cpu" if _on_cpu() else "cuda"
     given = [t for t in tensors if t is not None]
     for tensor in given:
-        if tensor.device.type != wanted or tensor.device != given[0].device:
+        if type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return f"a {type(tensor).__name__}: the kernels take plain tensors"
+        if tensor.device.type != wanted:
+            return f"a tensor is on {tensor.device}, not on a CUDA device"
+        if tensor.device != given[0].device:
             return f"a tensor is on {tensor.device}, another on {given[0].device}; they have to be on one CUDA device"
         if tensor.dtype != given[0].dtype or tensor.dtype not in STORAGES:
             return f"a tensor is {tensor.dtype}; the kernels take one of float32, float16 and bfloat16"
@@ -59,3 +69,15 @@ def launch_cell(kernel: str, h: Tensor, tensors: Mapping[str, Tensor | None]) ->
     with torch.cuda.device_of(h):
         function = getattr(native.CUDA.require(), kernel)
         function(STORAGES[h.dtype], *h.shape, addresses(tensors), stream(h.device))
+
+
+def without_autocast(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Has torch's products keep the dtype of the tensors, which is the one that kernels are told. Autocast has them
+    give half precision, in the backward too where it is called within."""
+
+    @functools.wraps(function)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with torch.autocast("cpu" if _on_cpu() else "cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run

@@ -27,6 +27,7 @@ from fastlm.kernels.cuda.steps import (
 __all__ = ["Saved", "cell_backward", "cell_forward", "layer_backward", "layer_forward"]
 
 
+@cuda.without_autocast
 def cell_forward(
     input: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,6 +62,7 @@ class Saved(NamedTuple):
     reverse: bool
 
 
+@cuda.without_autocast
 def layer_forward(
     input: Tensor,
     batch_sizes: Sequence[int],
@@ -102,6 +104,7 @@ def layer_forward(
     return output, final(output, batch_sizes, reverse), saved
 
 
+@cuda.without_autocast
 def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Gradients of `layer_forward`, given those of output and h_n (None: zero). Deterministic.
 

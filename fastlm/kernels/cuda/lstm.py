@@ -43,8 +43,9 @@ class Saved(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(batch_sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows at each step, and where they start: int64 [T] each."""
+def _layout(batch_sizes: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    """Rows at each step, and where they start: int64 [T] each. By stream, in the order of which torch frees memory: a
+    kernel may still read what falls out of the cache."""
     starts = list(accumulate(batch_sizes, initial=0))[:-1]
     running, first = torch.tensor([batch_sizes, starts]).to(device)
     return running, first
@@ -60,7 +61,8 @@ def _sequence(
 ) -> None:
     """All steps in one launch."""
     module = native.CUDA.require()
-    running, starts = _layout(tuple(batch_sizes), gates_x.device)
+    stream = cuda.stream(gates_x.device)
+    running, starts = _layout(tuple(batch_sizes), gates_x.device, stream)
     scratch = torch.empty(module.lstm_sequence_scratch(*h0.shape), dtype=torch.uint8, device=gates_x.device)
     scratch[:64] = 0
     layout = {"running": running, "starts": starts, "scratch": scratch, "gates_x": gates_x}
@@ -71,10 +73,11 @@ def _sequence(
             len(batch_sizes),
             reverse,
             cuda.addresses(tensors | layout),
-            cuda.stream(gates_x.device),
+            stream,
         )
 
 
+@cuda.without_autocast
 def layer_forward(
     input: Tensor,
     batch_sizes: Sequence[int],
@@ -137,7 +140,8 @@ def _recurrence(saved: Saved, grads: Sequence[Tensor | None]) -> _Recurrence:
     assert w_hh is not None and h0 is not None and c0 is not None and gates_x is not None
     grad_output, grad_h_n, grad_c_n = (None if grad is None else grad.contiguous() for grad in grads)
     grad_sum, grad_h0, grad_c0 = (torch.empty_like(t) for t in (gates_x, h0, c0))
-    given = {"w_hh_t": w_hh.t().contiguous(), "b_ih": b_ih, "b_hh": b_hh, "gates_h": gates_h, "cells": cells, "c0": c0}
+    columns = w_hh.t().clone(memory_format=torch.contiguous_format)  # new memory, hence aligned
+    given = {"w_hh_t": columns, "b_ih": b_ih, "b_hh": b_hh, "gates_h": gates_h, "cells": cells, "c0": c0}
     noise = {"dropout": dropout, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
     incoming = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
     results = {"grad_sum": grad_sum, "grad_h0": grad_h0, "grad_c0": grad_c0}
@@ -172,6 +176,7 @@ def _normed_recurrence(saved: Saved, grads: Sequence[Tensor | None]) -> _Recurre
     return _Recurrence(grad_sum, grad_gates_x, grad_gates_h, grad_ln_c, grad_ln_c_bias, grad_h, grad_c)
 
 
+@cuda.without_autocast
 def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Gradients of `layer_forward`; arguments and results as `fastlm.kernels.cpu.lstm_variants`'s. Deterministic."""
     input, w_ih, *_, h0, _, output, _, gates_x, gates_h = saved.tensors
