@@ -107,14 +107,20 @@ def compare_figures(ours: Callable[[], object], peer: Callable[[], object], *, p
 
 def read_bandwidth(nbytes: float = 1e9) -> float:
     """Bytes per second at which all threads read `nbytes` again and again: a working set that fits a cache is read
-    from it. The best of several passes of torch's sum and dot product; 1 MB at the least, below which a call's own
-    cost counts."""
+    from it. In huge pages, where our weights lie too: in ordinary ones less is read. The best of several passes of
+    torch's sum, dot product and product with a vector; 1 MB at the least, below which a call's own cost counts."""
     import torch
 
-    data = torch.ones(int(max(nbytes, 1e6)) // 4)
+    from fastlm.kernels.cpu import memory
+
+    vector = torch.ones(2048)
+    rows = (
+        memory.take(int(max(nbytes, 1e6)) // vector.nbytes * vector.nbytes).view(torch.float32).fill_(1).view(-1, 2048)
+    )
+    data = rows.view(-1)
     calls = max(1, round(2e7 / data.nbytes))
-    readers: list[Callable[[], object]] = [data.sum, lambda: torch.dot(data, data)]
-    return data.nbytes / min(_seconds_per_call(reader, calls) for _ in range(4) for reader in readers)
+    readers: list[Callable[[], object]] = [data.sum, lambda: torch.dot(data, data), lambda: torch.mv(rows, vector)]
+    return data.nbytes / min(_seconds_per_call(reader, calls) for _ in range(6) for reader in readers)
 
 
 def matmul_rate(size: int = 2048) -> float:

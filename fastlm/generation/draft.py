@@ -46,7 +46,7 @@ class Draft(Protocol):
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
         """Up to `count` tokens that may follow `ids`; none where it has no idea.
 
-        From call to call `ids` grows at its end alone.
+        From call to call `ids` grows at its end alone. The next rehearsal begins here: how these guesses do is known.
         """
         ...
 
@@ -57,6 +57,7 @@ class PromptLookup:
     As many tokens are guessed as agree before that place: the longer the likeness, the farther it is trusted.
 
     Args:
+        ids: the beginning of the text, looked through at once and not with the first guess.
         match: how many tokens must agree for a place to look like the end; of several places the one whose tokens
             before agree longest counts, the latest of equals.
     """
@@ -65,13 +66,14 @@ class PromptLookup:
     _LONGEST = 32
     _REHEARSED = 64  # tokens of the prompt
 
-    def __init__(self, match: int = 3) -> None:
+    def __init__(self, ids: Sequence[int] = (), match: int = 3) -> None:
         if match < 1:
             raise ValueError(f"match: {match} is not an integer >= 1")
         self._match = match
         self._places: dict[tuple[int, ...], list[int]] = {}  # where what follows each run of `match` tokens stands
         self._read = 0
         self._rehearsed: int | None = None
+        self._index(ids)
 
     def rehearse(self, ids: Sequence[int], prompt_length: int, count: int) -> Rehearsal:
         """What the prompt's end and the text since would have given."""
@@ -94,6 +96,7 @@ class PromptLookup:
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
         """The tokens that followed the like of the text's end."""
         self._index(ids)
+        self._rehearsed = len(ids)
         return self._guesses(ids, len(ids), count)
 
     def _index(self, ids: Sequence[int]) -> None:
@@ -108,7 +111,10 @@ class PromptLookup:
         if not places:
             return []
         agreement, place = max((self._agreement(ids, at, end), at) for at in places)
-        return list(ids[place : min(place + min(count, agreement), end)])
+        guesses = list(ids[place : min(place + min(count, agreement), end)])
+        while len(guesses) < min(count, agreement):  # the text goes round: the guesses themselves are what comes next
+            guesses.append(guesses[place - end])
+        return guesses
 
     def _agreement(self, ids: Sequence[int], place: int, end: int) -> int:
         """How many tokens before `place` agree with those before `end`, up to a limit."""

@@ -43,7 +43,7 @@ class ModelDraft:
         ValueError: `max_length` is more than the model can have.
     """
 
-    _READ = 48  # tokens that a rehearsal reads
+    _REHEARSAL = 48  # tokens that a rehearsal reads
     _REHEARSED = 8, 16  # and holds its guesses against, at least and at most
 
     def __init__(
@@ -62,6 +62,7 @@ class ModelDraft:
         self._room = max_length or model.config.context_length
         self._engine = Engine(model, rows=1, max_length=self._room, rewritable=True)
         self._rehearsed = 0
+        self._read = 0
 
     def rehearse(self, ids: Sequence[int], prompt_length: int, count: int) -> Rehearsal:
         """What the model would have said at every place since, in one reading of the text's last part."""
@@ -70,7 +71,7 @@ class ModelDraft:
         if width < self._REHEARSED[0] or (self._room is not None and len(ids) > self._room):
             return Rehearsal()
         self._rehearsed = len(ids)
-        text = ids[-self._READ :]
+        text = ids[-self._REHEARSAL :]
         began = time.perf_counter()
         drawn = self._drawn(text, ids, width)
         seconds = time.perf_counter() - began
@@ -80,7 +81,7 @@ class ModelDraft:
             rounds += 1
             right += found
             at += found + 1
-        return Rehearsal(width, rounds, right, seconds * len(ids) / len(text))
+        return Rehearsal(width, rounds, right, seconds * (len(ids) - self._read) / len(text))
 
     def _drawn(self, text: Sequence[int], ids: Sequence[int], width: int) -> list[int]:
         """What it draws at the last `width` places of ids, having read their end `text`."""
@@ -102,6 +103,7 @@ class ModelDraft:
         """What the model would say next."""
         if self._room is not None and len(ids) + count > self._room:
             return []
+        self._rehearsed = self._read = len(ids)
         engine = self._engine
         if engine.active:
             engine.rewrite(0, ids)

@@ -21,10 +21,11 @@ from fastlm.generation.capture import Refused
 from fastlm.generation.draft import Draft, PromptLookup, common
 from fastlm.generation.lanes import Request, dense_bias
 from fastlm.generation.params import SamplingParams, as_ids
-from fastlm.generation.recordings import Recordings
+from fastlm.generation.recordings import Recording, Recordings
 from fastlm.generation.speculative import Pace
 from fastlm.models.base import CausalLM
 from fastlm.nn.state import KVCache
+from fastlm.reference.sample import BadLogits
 
 __all__ = ["Engine", "FinishReason", "Token"]
 
@@ -145,14 +146,14 @@ class Engine:
         params = params.with_seed()
         bias = dense_bias(params.logit_bias, vocab_size)
         if draft is None and params.draft_tokens:
-            draft = self._default_draft(params, sequence)
+            draft = self._default_draft(ids, params, sequence)
         self._waiting.append(Request(self._count, ids, params, sequence, bias, draft))
         self._count += 1
         return self._count - 1
 
-    def _default_draft(self, params: SamplingParams, sequence: int) -> Draft:
+    def _default_draft(self, ids: list[int], params: SamplingParams, sequence: int) -> Draft:
         if self._draft_model is None:
-            return PromptLookup()
+            return PromptLookup(ids)
         from fastlm.generation.draft_model import ModelDraft  # which is an engine itself
 
         limits = [n for n in (self._max_length, self._draft_model.config.context_length) if n is not None]
@@ -179,12 +180,10 @@ class Engine:
             self._marks[known]()
         if self._marks is not None:
             self._marks.clear()
-        step = self._recordings.of([request], 1).captured
-        if step is not None and known == len(ids) - 2:  # replayed, it reads one token sooner than op by op
+        if self._recordings.of([request], 1).captured is not None and known == len(ids) - 2:
             request.ids = list(ids[:-1])
             self._recordings.stale()
-            self._recordings.filled([request], 1)
-            step.run(1)
+            self._replay(self._recordings.filled([request], 1))  # one token, sooner than op by op
         elif known < len(ids) - 1:
             missing = torch.tensor([list(ids[known:-1])], dtype=torch.int64, device=self._model.device)
             state = self._state.row(request.slot)
@@ -272,7 +271,7 @@ class Engine:
             guessed = self._guess(running[0])
             if guessed:
                 return guessed
-            ahead = min(ahead, max(1 if running[0].guessing else _UNGUESSED, self._pace.waiting))
+            ahead = min(ahead, 1 if running[0].guessing else max(_UNGUESSED, self._pace.waiting))
         recording = self._recordings.filled(running, 1)
         if self._marks is not None:
             ahead = 1
@@ -286,50 +285,74 @@ class Engine:
         if any(request.params.logprobs for request in running):
             limit = 1
         start = time.perf_counter()
-        try:
-            steps = recording.captured.run(limit, self._stop_ids)
-        except Refused:
-            self._recordings.stale()
-            recording.lanes.sample(recording.logits)  # says what is wrong with the logits
-            raise
+        steps = self._replay(recording, limit, self._stop_ids)
         self._pace.plain(time.perf_counter() - start, len(steps))
         return [(ids, recording.logits) for ids in steps]
+
+    def _replay(self, recording: Recording, times: int = 1, stops: Collection[int] = ()) -> list[list[int]]:
+        """Runs a recorded step: `Captured.run`. BadLogits: it says what is wrong with the logits."""
+        assert recording.captured is not None and recording.logits is not None
+        try:
+            return recording.captured.run(times, stops)
+        except Refused:
+            self._recordings.stale()
+            recording.lanes.sample(recording.logits)
+            raise
 
     def _guess(self, request: Request) -> list[tuple[list[int], Tensor]]:
         """Guessed tokens that proved right and the one after them; nothing where a plain step is the better choice."""
         count = request.params.draft_tokens
-        if self._pace.waiting or self._steps_left(request) < count + 1 or self._recordings.why_not is not None:
+        if self._steps_left(request) < count + 1 or self._recordings.why_not is not None:
             return []
-        assert request.draft is not None
+        request.guessing = request.guessing and self._pace.goes_on(count)
+        if not request.guessing and self._pace.waiting:
+            return []
         recorded = self._recordings.of([request], count + 1).captured is not None
-        start = time.perf_counter()
-        if not request.guessing:
-            found = request.draft.rehearse(request.ids, request.prompt_length, count)
-            self._pace.rehearsed(time.perf_counter() - start, count, found)
-            if not self._pace.promising(request.params.max_new_tokens - request.generated, recorded):
+        try:
+            guesses, start = self._guesses(request, count, recorded)
+            if not guesses:
                 return []
-            start = time.perf_counter()
-        guesses = request.draft.propose(request.ids, count)[:count]
-        if not guesses or (not recorded and len(guesses) < count):
+            recording = self._recordings.filled([request], count + 1, guesses)
+            if recorded:
+                tokens = self._replay(recording)[0]
+            else:
+                self._recordings.record(recording)
+                tokens = recording.lanes.tokens.tolist()
+        except (BadLogits, Refused):
+            # The draft's logits, or those behind a wrong guess. If the text's own are no better, a plain step says so.
+            request.draft = None
+            self._state.lengths[request.slot] = len(request.ids) - 1
+            self._recordings.stale()
             return []
-        recording = self._recordings.filled([request], count + 1, guesses)
-        if not recorded:
-            self._recordings.record(recording)
-            tokens: list[int] = recording.lanes.tokens.tolist()
-        else:
-            assert recording.captured is not None
-            tokens = recording.captured.run(1)[0]
         right = 0
         while right < len(guesses) and tokens[right] == guesses[right] and tokens[right] not in self._stop_ids:
             right += 1
         # The step has appended the last token and all guesses; what follows a wrong one is forgotten.
         self._state.lengths[request.slot] -= count - right
         self._recordings.stale()
-        account = self._pace.guessed if recorded and request.guessing else self._pace.begun
-        account(time.perf_counter() - start, right + 1)
-        request.guessing = True
+        if recorded and request.guessed:
+            self._pace.guessed(time.perf_counter() - start, right + 1)
+        request.guessed = True
         assert recording.logits is not None
         return [([token], recording.logits[at : at + 1]) for at, token in enumerate(tokens[: right + 1])]
+
+    def _guesses(self, request: Request, count: int, recorded: bool) -> tuple[list[int], float]:
+        """What the draft proposes where rehearsals say that it pays, and when it began to."""
+        draft, left = request.draft, request.params.max_new_tokens - request.generated
+        assert draft is not None
+        start = time.perf_counter()
+        if not request.guessing:
+            found = draft.rehearse(request.ids, request.prompt_length, count)
+            self._pace.rehearsed(time.perf_counter() - start, count, found)
+            request.guessing = self._pace.promising(count, left, recorded)
+            start = time.perf_counter()
+        if not request.guessing:
+            return [], start
+        guesses = draft.propose(request.ids, count)[:count]
+        # The recording is made once: for many guesses, and enough text to come.
+        if not recorded and (len(guesses) < count or not self._pace.promising(count, left, recorded)):
+            return [], start
+        return guesses, start
 
     def _steps_left(self, request: Request) -> int:
         """Steps before something must be looked at: at least 1."""

@@ -31,7 +31,8 @@ class Request:
         sequence: of its random numbers.
         bias: [V] or None, what `params.logit_bias` says.
         slot: its row of the state; -1 while it waits.
-        guessing: whether rehearsals have shown that guessing its tokens pays.
+        guessing: whether rehearsals have shown that guessing its tokens pays, and too much has not failed since.
+        guessed: whether its draft has had its first round, in which all is prepared.
     """
 
     number: int
@@ -42,6 +43,7 @@ class Request:
     draft: Draft | None = None
     slot: int = -1
     guessing: bool = False
+    guessed: bool = False
     prompt_length: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -12,13 +12,18 @@ __all__ = ["Pace"]
 class Pace:
     """Decides by the clock whether guessing pays, so that a text that defies guessing costs next to nothing.
 
-    Time is counted in plain steps. A round of guesses that gives n tokens for the time of m plain steps adds n - m to
-    an account; every plain token adds a little. A round begins where the account could bear its failing, so the loss
-    is never more than what plain tokens have earned and what the account held at first.
+    Time is counted in plain steps, whose cost is measured as they run. A text is *rehearsed* or *guessed*:
 
-    What comes before the first round, recording the step that confirms guesses above all, takes longer than that. It
-    waits for rehearsals, in which guesses are held against tokens that plain steps have given. The account pays for
-    them likewise.
+    - Rehearsals hold guesses against tokens that plain steps have given. They take at most a hundredth of the time: one
+      that took m steps is followed by 100 m plain tokens. They tell what rounds would have saved of late.
+    - A round confirms guesses. One that gives n tokens for the time of m plain steps adds n - m to an account, and
+      every plain token adds a hundredth. A round begins while the account could bear its failing; where it could not,
+      rehearsing goes on, and rounds begin again when four times what is missing has been saved in rehearsals. Then a
+      single failure ends them, and more is missing the next time: what a text costs that keeps promising what it does
+      not keep grows, but for the plain tokens' hundredth, with the root of its length.
+
+    What comes before the first round, recording the step that confirms guesses above all, is not on the account: it
+    waits until what rehearsals saved, over the rest of the text, is more than that takes.
     """
 
     _EARNED = 0.01
@@ -27,21 +32,22 @@ class Pace:
     _MOST_REHEARSAL = 4.0  # what takes longer has been held up by something else
     _GUESS = 1 / 3  # what a guess is taken to cost before that is known, made and confirmed
     _RECORDING = 5.0  # and recording
-    _DUE = 2.5
     _EVIDENCE = 1.5  # saved in rehearsals, below which it may be chance
+    _DOUBT = 16  # tokens in which nothing was saved, counted with those rehearsed
+    _TRUST = 0.25  # of what rehearsals have saved may be lost
 
     def __init__(self) -> None:
         self._plain = 0.0  # seconds a plain step takes, on average of late
         self._round = 0.0  # plain steps that a round takes, likewise
-        self._rehearsal = 0.0  # and those of the last rehearsal
         self._account = self._AT_FIRST
-        self._saved = 0.0  # steps that guessing would have saved
-        self._among = 0  # in so many tokens
-        self._setup = 0.0  # steps before the draft's first round
+        self._credit = 0.0  # so far below 0 the account may go
+        self.join()
 
     def join(self) -> None:
         """Another text begins: what rehearsals have shown was of the last."""
-        self._saved, self._among, self._rehearsal = 0.0, 0, 0.0
+        self._saved, self._among = 0.0, 0  # steps that rounds would have saved, in so many tokens
+        self._setup = 0.0  # steps before the draft's first round
+        self._rest = 0.0  # plain tokens until the next rehearsal
 
     def plain(self, seconds: float, tokens: int) -> None:
         """Plain steps have given so many tokens."""
@@ -49,31 +55,26 @@ class Pace:
         # A step that something else held up is not what a step costs.
         self._plain = min(1.5 * self._plain, 0.8 * self._plain + 0.2 * each) if self._plain else each
         self._account = min(self._AT_MOST, self._account + self._EARNED * tokens)
+        self._rest = max(0.0, self._rest - tokens)
 
     def rehearsed(self, seconds: float, count: int, found: Rehearsal) -> None:
         """Guesses of `count` tokens have been held against known text."""
         if not self._plain or not found.tokens:
             return
-        self._rehearsal = min(self._MOST_REHEARSAL, seconds / self._plain)
-        self._account -= self._rehearsal
+        self._rest = min(self._MOST_REHEARSAL, seconds / self._plain) / self._EARNED
         self._setup = found.seconds / self._plain
         self._among += found.tokens
-        self._saved += found.right - found.rounds * count * self._GUESS
+        self._saved += found.right - found.rounds * self._stake(count)
         if self._saved <= 0:
             self._saved, self._among = 0.0, 0
 
-    def promising(self, left: int, recorded: bool) -> bool:
-        """Whether the rest of the text, `left` tokens at most, is likely to give back what comes before a round."""
-        setup = self._setup + (0.0 if recorded else self._RECORDING)
-        return self._saved >= self._EVIDENCE and self._saved / self._among * left > setup
-
-    def begun(self, seconds: float, tokens: int) -> None:
-        """The first round, in which all is prepared, has given so many tokens."""
-        if not self._plain:
-            return
-        # What rehearsals have saved stands for what is to come, and after all this some rounds are due.
-        self._account = max(self._DUE, self._account + self._saved + tokens - seconds / self._plain)
-        self._rehearsal = 0.0
+    def promising(self, count: int, left: int, recorded: bool) -> bool:
+        """Whether rehearsals have shown that rounds of `count` guesses are likely to pay in the rest of the text,
+        `left` tokens at most."""
+        self._credit = max(0.0, self._stake(count) - self._account)
+        if self._saved < max(self._EVIDENCE, self._credit / self._TRUST):
+            return False
+        return self._saved / (self._among + self._DOUBT) * left > self._setup + (0.0 if recorded else self._RECORDING)
 
     def guessed(self, seconds: float, tokens: int) -> None:
         """A round of guesses has given so many tokens, the one that any step gives among them."""
@@ -83,10 +84,19 @@ class Pace:
         self._round = min(1.5 * self._round, 0.8 * self._round + 0.2 * took) if self._round else took
         self._account = min(self._AT_MOST, self._account + tokens - min(took, 1.5 * self._round))
 
+    def goes_on(self, count: int) -> bool:
+        """Whether the account could bear it that another round of `count` guesses fails. Else rehearsals begin anew."""
+        # What a round takes varies a little: that alone ends nothing.
+        if self._account + 1.1 * self._credit + 0.2 >= self._stake(count):
+            return True
+        self.join()
+        return False
+
+    def _stake(self, count: int) -> float:
+        """What a round loses that gives nothing beyond a plain step's token."""
+        return max(0.0, self._round - 1.0) if self._round else count * self._GUESS
+
     @property
     def waiting(self) -> int:
-        """Plain tokens until the next round or rehearsal may begin; 0: it may now."""
-        if not self._plain:
-            return 2  # to know what they take; the first is recorded
-        missing = max(self._rehearsal, self._round - 1.0) - self._account
-        return math.ceil(missing / self._EARNED) if missing > 0 else 0
+        """Plain tokens until the next rehearsal may begin; 0: it may now."""
+        return math.ceil(self._rest) if self._plain else 2  # to know what they take; the first is recorded

@@ -25,10 +25,23 @@ from torch import Tensor
 
 from fastlm.reference.philox import random64
 
-__all__ = ["MOST_TOKENS", "Option", "distribution", "processed_logits", "relative_probabilities", "sample"]
+__all__ = [
+    "MOST_TOKENS",
+    "BadLogits",
+    "Option",
+    "distribution",
+    "processed_logits",
+    "relative_probabilities",
+    "sample",
+]
 
 Option = float | int | Tensor
 """A number for all rows or a tensor [B]."""
+
+
+class BadLogits(ValueError):
+    """A row from which nothing can be drawn: a logit is NaN or +inf, or all are -inf."""
+
 
 # 2^f = 1 + f * q(f) for |f| <= 1/2, q the minimax polynomial, lowest power first: relative error 9e-8.
 EXP2 = ("0x1.62e42ap-1", "0x1.ebf9bcp-3", "0x1.c6b752p-5", "0x1.3cea88p-7", "0x1.5bba14p-10")
@@ -152,7 +165,8 @@ def sample(
             prompt_lengths[b] (None: 0) on.
 
     Raises:
-        ValueError: a row has NaN, +inf or nothing but -inf, or a history id outside the vocabulary.
+        BadLogits: a row has NaN, +inf or nothing but -inf.
+        ValueError: a history id is outside the vocabulary.
     """
     tokens = []
     for row in range(len(logits)):
@@ -167,7 +181,7 @@ def sample(
             x = processed_logits(logits[row], None if logit_bias is None else logit_bias[row], valid, start, penalties)
             _refuse(x)
         except ValueError as error:
-            raise ValueError(f"sample: row {row}: {error}") from None
+            raise type(error)(f"sample: row {row}: {error}") from None
         tokens.append(_draw(x, temperature, top_k, top_p, min_p, (seed, sequence, position)))
     return torch.tensor(tokens, dtype=torch.int64, device=logits.device)
 
@@ -179,6 +193,6 @@ def _at(option: Option, row: int) -> float | int:
 def _refuse(x: Tensor) -> None:
     for name, where in (("NaN", x.isnan()), ("+inf", x == math.inf)):
         if where.any():
-            raise ValueError(f"the logit of token {int(where.nonzero()[0])} is {name}")
+            raise BadLogits(f"the logit of token {int(where.nonzero()[0])} is {name}")
     if x.max() == -math.inf:
-        raise ValueError("every logit is -inf, so there is nothing to draw")
+        raise BadLogits("every logit is -inf, so there is nothing to draw")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -137,7 +138,8 @@ def test_a_wrong_number_is_named(count: int) -> None:
         ([1, 2, 3], []),
         ([7, 1, 2, 3, 10, 8, 1, 2, 3, 20, 7, 1, 2, 3], [10, 8, 1, 2]),  # longer agreement wins over the later place
         ([1, 2, 3, 10, 1, 2, 3, 20, 1, 2, 3], [20, 1, 2]),  # of equal ones the later
-        ([5, 5, 5, 5, 5], [5]),
+        ([5, 5, 5, 5, 5], [5, 5, 5, 5]),  # round and round
+        ([7, 8, 7, 8, 7, 8], [7, 8, 7, 8]),
     ],
 )
 def test_prompt_lookup(ids: list[int], want: list[int]) -> None:
@@ -146,97 +148,6 @@ def test_prompt_lookup(ids: list[int], want: list[int]) -> None:
     for end in range(len(ids)):
         growing.propose(ids[:end], 4)
     assert growing.propose(ids, 4) == want
-
-
-def _loss(pace: Pace, tokens: int, *, pays: bool = False) -> float:
-    """Time lost, as a share, to a draft whose guesses are never right; `pays`: but were in the first rehearsal.
-
-    A plain step takes 10 ms, a rehearsal 15, beginning 60, a round 22.
-    """
-    seconds, done, guessing = 0.01 * 2, 2, False
-    pace.plain(0.02, 2)
-    while done < tokens:
-        if pace.waiting:
-            pace.plain(0.01, 1)
-            seconds += 0.01
-        elif guessing:
-            pace.guessed(0.022, 1)
-            seconds += 0.022
-        else:
-            pace.rehearsed(0.015, 3, Rehearsal(9, 3, 9) if pays else Rehearsal(9, 9, 0))
-            seconds += 0.015
-            guessing = pace.promising(tokens - done, False)
-            seconds, done = (seconds + 0.06, done + 1) if guessing else (seconds, done)
-            if guessing:
-                pace.begun(0.06, 1)
-            assert guessing == pays
-            continue
-        done += 1
-    return seconds / (0.01 * tokens) - 1
-
-
-def test_guesses_that_rehearsals_refuse_cost_little() -> None:
-    assert 0.01 < _loss(Pace(), 128) < 0.02
-    assert 0.005 < _loss(Pace(), 2000) < 0.02
-
-
-def test_rehearsals_that_deceive_cost_more_but_once() -> None:
-    assert 0.05 < _loss(Pace(), 128, pays=True) < 0.11
-    assert _loss(Pace(), 2000, pays=True) < 0.025
-
-
-def test_planted_fault_a_pace_that_charges_nothing_for_rehearsals_is_seen() -> None:
-    class Careless(Pace):
-        def rehearsed(self, seconds: float, count: int, found: Rehearsal) -> None:
-            super().rehearsed(0.0, count, found)
-
-    with pytest.raises(AssertionError, match="too often"):
-        rehearsals = 0
-        pace = Careless()
-        pace.plain(0.02, 2)
-        for _ in range(100):
-            if not pace.waiting:
-                pace.rehearsed(0.015, 3, Rehearsal(9, 9, 0))
-                rehearsals += 1
-            pace.plain(0.01, 1)
-        assert rehearsals < 5, "too often"
-
-
-def test_nothing_is_begun_for_the_last_few_tokens() -> None:
-    pace = Pace()
-    pace.plain(0.02, 2)
-    pace.rehearsed(0.0, 3, Rehearsal(10, 3, 7))
-    assert pace.promising(40, False) and not pace.promising(8, False)
-    assert pace.promising(8, True)
-    # A draft that has first to read a long text needs as much more to win.
-    pace.rehearsed(0.0, 3, Rehearsal(10, 3, 7, seconds=0.2))
-    assert not pace.promising(40, False) and pace.promising(100, False)
-    pace.join()
-    assert not pace.promising(1000, True)
-
-
-def test_rounds_that_pay_go_on() -> None:
-    pace = Pace()
-    pace.plain(0.02, 2)
-    pace.rehearsed(0.0, 3, Rehearsal(8, 2, 6))
-    pace.begun(0.06, 4)
-    # On average they do, with some that fail.
-    for tokens in (4, 4, 4, 1, 1, 4, 4, 1, 1, 4):
-        assert pace.waiting == 0
-        pace.guessed(0.022, tokens)
-
-
-def test_one_disturbed_step_does_not_end_guessing() -> None:
-    pace = Pace()
-    pace.plain(0.1, 10)
-    for seconds in (0.02, 0.02, 0.5, 0.02):
-        assert pace.waiting == 0
-        pace.guessed(seconds, 4)
-    slow = Pace()
-    slow.plain(0.1, 10)
-    slow.rehearsed(1.0, 3, Rehearsal(8, 2, 6))
-    slow.begun(1.0, 4)
-    assert slow.waiting == 0
 
 
 def test_lookup_rehearses_what_it_would_have_proposed() -> None:
@@ -315,7 +226,10 @@ class Always(Pace):
 
     waiting = 0  # type: ignore[assignment]
 
-    def promising(self, left: int, recorded: bool) -> bool:
+    def promising(self, count: int, left: int, recorded: bool) -> bool:
+        return True
+
+    def goes_on(self, count: int) -> bool:
         return True
 
 
@@ -368,6 +282,61 @@ def test_a_quantized_copy_shares_what_it_can(model: CausalLM) -> None:
         assert 0 < mean_kl(model(ids), small(ids)) < 0.1
     with pytest.raises(ValueError, match="kind is 'Q9'"):
         quantized_copy(model, "Q9")
+
+
+def _unreadable(model: CausalLM, token: int) -> CausalLM:
+    """The model, but for a token that makes everything behind it NaN."""
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.embedding.weight[token] = torch.nan  # type: ignore[union-attr]
+    return broken
+
+
+@pytest.mark.parametrize("at", [1, 12, 30])
+def test_a_draft_model_that_fails_ends_the_drafting_alone(at: int) -> None:
+    """In a rehearsal, while it reads, and in a replay."""
+    model, prompt = spread(lambda: llama(tie_embeddings=False)), [1, 2, 3]
+    want = _run(model, prompt, max_new_tokens=50, temperature=1.0)
+    token = next(t for here, (t, _, _) in enumerate(want) if here >= at and t not in [t for t, _, _ in want[:here]])
+    params = SamplingParams.of(seed=3, max_new_tokens=50, draft_tokens=3)
+    decoder = Decoder(model, [prompt], params, draft_model=_unreadable(model, token))
+    decoder._engine._pace = Always()
+    got = []
+    while decoder.active:
+        got += [(t.id, t.logprob, t.finish) for t in decoder.step(4)]
+    assert got == want and decoder.why_not_captured is None
+
+
+@pytest.mark.parametrize("when", [0, 20])
+def test_logits_that_fail_behind_a_wrong_guess_end_the_drafting_alone(when: int) -> None:
+    """Where the confirming step is recorded, and where it is replayed."""
+    model, prompt = spread(lambda: llama(tie_embeddings=False)), [1, 2, 3]
+    want = _run(model, prompt, max_new_tokens=40)
+    said = [*prompt, *(token for token, _, _ in want)]
+    never = next(token for token in range(VOCAB) if token not in said)
+    draft = Oracle(said, 0)
+    draft.text[when + 6 :] = [never] * len(draft.text[when + 6 :])
+    assert _run(_unreadable(model, never), prompt, draft, max_new_tokens=40, draft_tokens=4) == want
+    assert draft.asked and draft.asked[-1] <= max(9, when + 7)
+
+
+def test_a_text_that_fails_says_so_with_guesses_as_without() -> None:
+    model, prompt = spread(lambda: llama(tie_embeddings=False)), [1, 2, 3]
+    want = _run(model, prompt, max_new_tokens=40)
+    said = [*prompt, *(token for token, _, _ in want)]
+    token = next(t for at, t in enumerate(said) if at > 20 and t not in said[:at])
+    for count in (0, 4):
+        with pytest.raises(ValueError, match="sample: row 0: the logit of token 0 is NaN"):
+            _run(_unreadable(model, token), prompt, Oracle(said, 0), max_new_tokens=40, draft_tokens=count)
+
+
+def test_a_rewrite_that_fails_says_so() -> None:
+    model = _unreadable(spread(lambda: llama(tie_embeddings=False)), 9)
+    engine = Engine(model, rows=1, rewritable=True)
+    engine.submit([1, 2, 3], SamplingParams(temperature=0.0, logit_bias={9: -1e4}))
+    ids = [1, 2, 3, *(engine.step()[0].id for _ in range(4))]
+    with pytest.raises(ValueError, match="sample: row 0: the logit of token 0 is NaN"):
+        engine.rewrite(0, [*ids[:-1], 9, 5])
 
 
 def test_planted_fault_guesses_left_in_the_cache_are_seen(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

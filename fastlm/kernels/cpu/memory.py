@@ -22,25 +22,27 @@ _arena, _used = mmap.mmap(-1, mmap.PAGESIZE), mmap.PAGESIZE
 
 
 def take(size: int) -> Tensor:
-    """`size` new bytes aligned to 64, a storage of their own, which keep the arena that they are in alive."""
+    """`size` new bytes aligned to 64, a storage of their own, which keep the mapping that they are in alive."""
     global _arena, _used
+    if not size:
+        return torch.empty(0, dtype=torch.uint8, device=CPU)
+    if size > ARENA:  # alone, so that it is given back with its tensor
+        return torch.frombuffer(_mapped(size), dtype=torch.uint8, count=size)
     with _LOCK:
         if _used + size > len(_arena):
-            capacity = max(size, ARENA)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                # Private: what mmap shares, as it does by default, is of another kind, which seldom has huge pages.
-                _arena = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                with contextlib.suppress(OSError):  # a kernel without them
-                    _arena.madvise(mmap.MADV_HUGEPAGE)
-            else:
-                _arena = mmap.mmap(-1, capacity)
-            _used = 0
+            _arena, _used = _mapped(ARENA), 0
         start, _used = _used, _used + size + -size % 64
-        return (
-            torch.frombuffer(_arena, dtype=torch.uint8, count=size, offset=start)
-            if size
-            else torch.empty(0, dtype=torch.uint8, device=CPU)
-        )
+        return torch.frombuffer(_arena, dtype=torch.uint8, count=size, offset=start)
+
+
+def _mapped(size: int) -> mmap.mmap:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    # Private: what mmap shares, as it does by default, is of another kind, which seldom has huge pages.
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
