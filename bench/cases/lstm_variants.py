@@ -1,4 +1,4 @@
-"""LSTM layers with layer normalisation, recurrent dropout and zoneout, and LSTMs in bfloat16."""
+"""LSTM and GRU layers with layer normalisation, recurrent dropout and zoneout, and LSTMs in bfloat16."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ _SHAPES = ((1, 128, 512), (8, 128, 512), (32, 128, 256))  # B, T, I = H
 _BFLOAT_SHAPES = ((1, 1, 512), (1, 1, 1024), (1, 128, 512), (4, 64, 512))
 
 
-def loop(module: nn.LSTM, input: Tensor, lengths: None) -> list[Tensor]:
+def loop(module: nn.LSTM | nn.GRU, input: Tensor, lengths: None) -> list[Tensor]:
     """What one writes in PyTorch today: the same steps as PyTorch operations, one after the other."""
     with ops.backend("reference"):
         return train(module, input, lengths)
 
 
-def _agree(found: list[Tensor], want: list[Tensor], bound: float) -> None:
+def _agree(name: str, found: list[Tensor], want: list[Tensor], bound: float) -> None:
     for position, (a, b) in enumerate(zip(found, want, strict=True)):
         error = (a.double() - b.double()).abs().max()
-        require(bool(error <= bound * b.double().abs().max()), f"LSTM variant: result {position} is wrong")
+        require(bool(error <= bound * b.double().abs().max()), f"{name}: result {position} is wrong")
 
 
-def gate(module: nn.LSTM, input: Tensor) -> None:
+def gate(module: nn.LSTM | nn.GRU, input: Tensor) -> None:
     torch.manual_seed(1)
     want = loop(module, input, None)
     torch.manual_seed(1)  # the same noise
-    _agree(train(module, input, None), want, 1e-3)
+    _agree("recurrent variant", train(module, input, None), want, 1e-3)
 
 
 def _bfloat_gate(work: Callable[..., list[Tensor]], ours: nn.LSTM, wide: nn.LSTM, input: Tensor) -> None:
-    _agree(work(ours, input.bfloat16(), None), work(wide, input, None), 0.05)
+    _agree("LSTM in bfloat16", work(ours, input.bfloat16(), None), work(wide, input, None), 0.05)
 
 
-def _variants() -> Iterator[Case]:
+def _variants(kind: type[nn.LSTM] | type[nn.GRU]) -> Iterator[Case]:
     for batch, steps, size in _SHAPES:
         torch.manual_seed(0)
         input = torch.randn(steps, batch, size)
-        plain = nn.LSTM(size, size)
+        plain = kind(size, size)
         for name, options in VARIANTS.items():
-            module = nn.LSTM(size, size, **options)
+            module = kind(size, size, **options)
             shape = f"B {batch}, T {steps}, I {size}, H {size}, {name}"
             peers = {"the loop in PyTorch": partial(loop, module, input, None)}
-            peers["fastlm.nn.LSTM without"] = partial(train, plain, input, None)
+            peers[f"fastlm.nn.{kind.__name__} without"] = partial(train, plain, input, None)
             for peer_name, peer in peers.items():
                 yield Case(
-                    name="LSTM variant forward+backward",
+                    name=f"{kind.__name__} variant forward+backward",
                     shape=shape,
                     peer_name=peer_name,
                     gate=partial(gate, module, input),
@@ -97,5 +97,6 @@ def _bfloat() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     """Variants against the loop in PyTorch and the plain layer; bfloat16 against torch's and float32."""
-    yield from _variants()
+    yield from _variants(nn.LSTM)
+    yield from _variants(nn.GRU)
     yield from _bfloat()

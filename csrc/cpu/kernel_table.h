@@ -13,12 +13,12 @@
 #include "fastlm/kv_append.h"
 #include "fastlm/linear.h"
 #include "fastlm/lstm.h"
-#include "fastlm/lstm_variants.h"
 #include "fastlm/math.h"
 #include "fastlm/matmul.h"
 #include "fastlm/norm.h"
 #include "fastlm/pack.h"
 #include "fastlm/recurrent.h"
+#include "fastlm/recurrent_variants.h"
 #include "fastlm/rotary.h"
 #include "fastlm/sample.h"
 #include "fastlm/softmax_loss.h"
@@ -64,11 +64,11 @@
     (b, h, p, project, save))                                                       \
   X(void, lstm_backward, (const LstmBackward& a), (a))                              \
   X(int64_t, lstm_backward_scratch, (int64_t b, int64_t h, int64_t p, bool project), (b, h, p, project)) \
-  X(void, lstm_variant_forward, (const LstmVariantForward& a), (a))                \
-  X(int64_t, lstm_variant_forward_scratch, (int64_t n, int64_t b, int64_t h, bool norm, bool save), \
-    (n, b, h, norm, save))                                                          \
-  X(void, lstm_variant_backward, (const LstmVariantBackward& a), (a))              \
-  X(int64_t, lstm_variant_backward_scratch, (int64_t b, int64_t h, bool norm), (b, h, norm)) \
+  X(void, variant_forward, (const VariantForward& a), (a))                          \
+  X(int64_t, variant_forward_scratch, (int64_t g, int64_t n, int64_t b, int64_t h, bool norm, bool save), \
+    (g, n, b, h, norm, save))                                                       \
+  X(void, variant_backward, (const VariantBackward& a), (a))                        \
+  X(int64_t, variant_backward_scratch, (int64_t g, int64_t b, int64_t h, bool norm), (g, b, h, norm)) \
   X(void, lstm_cell, (const LstmCell& a), (a))                                      \
   X(void, recurrent_forward, (const RecurrentForward& a), (a))                      \
   X(int64_t, recurrent_forward_scratch, (RecurrentCell cell, int64_t n, int64_t b, int64_t h), (cell, n, b, h)) \

@@ -1,10 +1,10 @@
-// What the forward and the backward of the LSTM's variants share: sums over rows that several threads compute.
+// What the forward and the backward of the variants share: sums over rows that several threads compute.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
-#include "fastlm/lstm_variants.h"
+#include "fastlm/recurrent_variants.h"
 #include "recurrence.h"
 #include "simd_math.h"
 
@@ -42,11 +42,11 @@ class PanelSums {
       store(lanes, squares);
       squares = load_partial(lanes, n);
     }
-    set(row, panel, sum, reduce_add(squares));
+    set(row, panel, {sum, reduce_add(squares)});
   }
-  void set(int64_t row, int64_t panel, float first, float second) const {
-    memory_[row * 2 * panels_ + panel] = first;
-    memory_[(row * 2 + 1) * panels_ + panel] = second;
+  void set(int64_t row, int64_t panel, Moments sums) const {
+    memory_[row * 2 * panels_ + panel] = sums.mean;
+    memory_[(row * 2 + 1) * panels_ + panel] = sums.scale;
   }
 
   Moments moments(int64_t row) const {
@@ -79,7 +79,7 @@ class PanelSums {
 FASTLM_INLINE vf load_or_zero(const float* p, int64_t at, int n) { return p == nullptr ? vf{} : load_lanes(p + at, n); }
 
 // The shares of the old state that row `row` keeps, or null.
-FASTLM_INLINE const float* shares_of(const float* shares, const LstmVariant& v, int64_t row) {
+FASTLM_INLINE const float* shares_of(const float* shares, const RecurrentVariant& v, int64_t row) {
   return shares == nullptr ? nullptr : shares + row * v.zoneout_stride;
 }
 

@@ -13,9 +13,9 @@
 
 #include "fastlm/isa.h"
 #include "fastlm/lstm.h"
-#include "fastlm/lstm_variants.h"
 #include "fastlm/pack.h"
 #include "fastlm/recurrent.h"
+#include "fastlm/recurrent_variants.h"
 
 namespace fastlm {
 namespace {
@@ -121,7 +121,7 @@ class Addresses {
     return *this;
   }
   void check_all_known() const {
-    if (!given_.empty()) throw std::invalid_argument("lstm_variant: there is no tensor named " + given_.begin()->first);
+    if (!given_.empty()) throw std::invalid_argument("variant: there is no tensor named " + given_.begin()->first);
   }
 
  private:
@@ -136,46 +136,50 @@ class Addresses {
   const char* name_ = "";
 };
 
-LstmVariant variant_of(Addresses& t, int64_t zoneout_stride) {
+RecurrentVariant variant_of(Addresses& t, int64_t zoneout_stride) {
   return {t["dropout"], t["zoneout_h"], t["zoneout_c"], zoneout_stride,
           t["ln_ih"],   t["ln_hh"],     t["ln_c"],      t["ln_c_bias"]};
 }
 
-void variant_forward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t inputs,
-                     int64_t hidden, bool reverse, int64_t zoneout_stride, std::map<std::string, address> tensors,
-                     int threads) {
-  refuse_recording("lstm_variant_forward");
+void run_variant_forward(int64_t gates, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
+                         int64_t inputs, int64_t hidden, bool reverse, int64_t zoneout_stride,
+                         std::map<std::string, address> tensors, int threads) {
+  refuse_recording("variant_forward");
   check_batch_sizes(batch_sizes, rows, batch);
-  check(inputs >= 1 && hidden >= 1, "lstm_variant: sizes must be positive");
+  check(gates == 3 || gates == 4, "variant_forward: gates must be 3 or 4");
+  check(inputs >= 1 && hidden >= 1, "variant_forward: sizes must be positive");
   Addresses t(std::move(tensors));
-  LstmVariantForward args = {static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
-                             variant_of(t, zoneout_stride), t["input"], t["w_ih"], t["w_hh"], t["bias"], t["h0"],
-                             t["c0"], t["h0_dropped"], reverse, t["output"], t["h_n"], t["c_n"], t["dropped"],
-                             t["gates"], t["cells"], t["raw_ih"], t["raw_hh"], t["stats"], nullptr, threads};
+  VariantForward args = {gates, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
+                         variant_of(t, zoneout_stride), t["input"], t["w_ih"], t["w_hh"], t["bias"], t["h0"], t["c0"],
+                         t["h0_dropped"], reverse, t["output"], t["h_n"], t["c_n"], t["dropped"], t["activated"],
+                         t["cells"], t["raw_ih"], t["raw_hh"], t["stats"], nullptr, threads};
   t.check_all_known();
-  const int64_t floats = lstm_variant_forward_scratch(rows, batch, hidden, args.variant.ln_ih != nullptr,
-                                                      args.gates != nullptr);
+  const int64_t floats = variant_forward_scratch(gates, rows, batch, hidden, args.variant.ln_ih != nullptr,
+                                                 args.activated != nullptr);
   args.scratch = static_cast<float*>(scratch(floats * sizeof(float)));
   py::gil_scoped_release unlocked;
-  lstm_variant_forward(args);
+  variant_forward(args);
 }
 
-void variant_backward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t hidden,
-                      bool reverse, int64_t zoneout_stride, std::map<std::string, address> tensors, int threads) {
-  refuse_recording("lstm_variant_backward");
+void run_variant_backward(int64_t gates, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
+                          int64_t hidden, bool reverse, int64_t zoneout_stride, std::map<std::string, address> tensors,
+                          int threads) {
+  refuse_recording("variant_backward");
   check_batch_sizes(batch_sizes, rows, batch);
-  check(hidden >= 1, "lstm_variant: sizes must be positive");
+  check(gates == 3 || gates == 4, "variant_backward: gates must be 3 or 4");
+  check(hidden >= 1, "variant_backward: sizes must be positive");
   Addresses t(std::move(tensors));
-  LstmVariantBackward args = {
-      static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), hidden, variant_of(t, zoneout_stride), t["w_hh"],
-      t["h0_dropped"], t["c0"], reverse, t["output"], t["dropped"], t["gates"], t["cells"], t["raw_hh"], t["stats"],
-      t["grad_output"], t["grad_h_n"], t["grad_c_n"], t["grad_gates"], t["grad_raw_hh"], t["grad_ln_hh"],
-      t["grad_ln_c"], t["grad_ln_c_bias"], t["previous"], t["grad_h0"], t["grad_c0"], nullptr, threads};
+  VariantBackward args = {
+      gates, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), hidden, variant_of(t, zoneout_stride),
+      t["w_hh"], t["h0"], t["h0_dropped"], t["c0"], reverse, t["output"], t["dropped"], t["activated"], t["cells"],
+      t["raw_hh"], t["stats"], t["grad_output"], t["grad_h_n"], t["grad_c_n"], t["grad_gates"], t["grad_raw_hh"],
+      t["grad_ln_hh"], t["grad_b_hn"], t["grad_ln_c"], t["grad_ln_c_bias"], t["previous"], t["grad_h0"], t["grad_c0"],
+      nullptr, threads};
   t.check_all_known();
-  const int64_t floats = lstm_variant_backward_scratch(batch, hidden, args.variant.ln_ih != nullptr);
+  const int64_t floats = variant_backward_scratch(gates, batch, hidden, args.variant.ln_ih != nullptr);
   args.scratch = static_cast<float*>(scratch(floats * sizeof(float)));
   py::gil_scoped_release unlocked;
-  lstm_variant_backward(args);
+  variant_backward(args);
 }
 
 void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
@@ -239,8 +243,8 @@ void bind_lstm(py::module_& m) {
   m.def("lstm_backward", &backward);
   m.def("lstm_backward_scratch", &lstm_backward_scratch);
   m.def("lstm_cell", &cell);
-  m.def("lstm_variant_forward", &variant_forward);
-  m.def("lstm_variant_backward", &variant_backward);
+  m.def("variant_forward", &run_variant_forward);
+  m.def("variant_backward", &run_variant_backward);
   py::enum_<RecurrentCell>(m, "RecurrentCell")
       .value("gru", RecurrentCell::gru)
       .value("tanh", RecurrentCell::tanh)

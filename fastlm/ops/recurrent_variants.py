@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, autograd
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu import lstm_variants as lstm_kernel
+from fastlm.kernels.cpu import recurrent_variants as kernel
 from fastlm.kernels.cuda import gru as cuda_gru_kernel
 from fastlm.kernels.cuda import lstm as cuda_lstm_kernel
 from fastlm.ops.checks import expect_shape
@@ -33,8 +33,8 @@ class _Layer(autograd.Function):
         count: int, *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         states, weights = tensors[:count], tensors[count:]
-        given = (input, batch_sizes, weights[:4], weights[4:], noise, *states, reverse, True)
-        *results, saved = by.layer_forward(*given)
+        given = (input, batch_sizes, weights[:4], weights[4:], noise, *states)
+        *results, saved = by.layer_forward(*given, reverse=reverse, save=True)
         ctx.save_for_backward(*saved.tensors)
         ctx.by, ctx.count = by, count
         ctx.layout = saved.batch_sizes, saved.reverse
@@ -54,7 +54,7 @@ class _Layer(autograd.Function):
 def layer_by(by: Any) -> Layer:
     """A layer by a module of kernels, which has, with S states (LSTM: h0 and c0; GRU: h0):
 
-    layer_forward(input, batch_sizes, weights, norms, noise, *states, reverse, save) -> (output, *final states, saved)
+    layer_forward(input, batch_sizes, weights, norms, noise, *states, reverse=, save=) -> (output, *final, saved)
         input: [N, I]; batch_sizes: T ints; reverse, save: bool; weights: (w_ih, w_hh, b_ih | None, b_hh | None).
         norms: (ln_ih, ln_hh), of an LSTM (ln_ih, ln_hh, ln_c, ln_c_bias | None); all None without layer normalisation.
         noise: (dropout, zoneout_h), of an LSTM (dropout, zoneout_h, zoneout_c), each [B, H] or [N, H], or None.
@@ -72,7 +72,9 @@ def layer_by(by: Any) -> Layer:
         if needs_grad(input, *states, *own, *norms):
             output, *final = _Layer.apply(by, input, batch_sizes, reverse, given_noise, count, *states, *own, *norms)
         else:
-            output, *final, _ = by.layer_forward(input, batch_sizes, own, norms, given_noise, *states, reverse, False)
+            output, *final, _ = by.layer_forward(
+                input, batch_sizes, own, norms, given_noise, *states, reverse=reverse, save=False
+            )
         return output, tuple(final)
 
     return layer
@@ -104,20 +106,17 @@ def _cpu_why_not(*tensors: Tensor | None) -> str | None:
     return opaque_kernel_why_not(native.CPU, *tensors, dtypes=NATIVE_DTYPES)
 
 
-def _cpu(by: Any) -> Implementation:
-    return Implementation("cpu", in_float32(_run_by(layer_by(by))), _why_not_by(_cpu_why_not))
-
-
 def _cuda(by: Any) -> Implementation:
     return Implementation("cuda", _run_by(layer_by(by)), _why_not_by(cuda_why_not))
 
 
+_CPU = Implementation("cpu", in_float32(_run_by(layer_by(kernel))), _why_not_by(_cpu_why_not))
 _SCHEMA = ", bool layer_norm, Tensor? dropout_mask, Tensor? zoneout_h"
 
 LSTM_VARIANT = SequenceOp(
     "lstm_variant",
     4,
-    [_cpu(lstm_kernel), _cuda(cuda_lstm_kernel), Implementation("reference", lstm.lstm, always)],
+    [_CPU, _cuda(cuda_lstm_kernel), Implementation("reference", lstm.lstm, always)],
     f"{_SCHEMA}, Tensor? zoneout_c",
 )
 
@@ -125,7 +124,7 @@ GRU_VARIANT = SequenceOp(
     "gru_variant",
     3,
     # On CUDA a product and a kernel for each step: only the LSTM has a kernel for the whole sequence.
-    [_cuda(cuda_gru_kernel), Implementation("reference", gru.gru, always)],
+    [_CPU, _cuda(cuda_gru_kernel), Implementation("reference", gru.gru, always)],
     _SCHEMA,
 )
 

@@ -30,7 +30,7 @@ from fastlm.ops.recurrent_variants import layer_by
 
 implementation: Any = sys.modules["fastlm.ops.recurrent_variants"]
 needs_native = pytest.mark.skipif(native.CPU.module is None, reason=str(native.CPU.error))
-KERNELS = {"lstm_variant": implementation.lstm_kernel}
+kernel = implementation.kernel
 OPS = ("lstm_variant", "gru_variant")
 # Normalisation of few units multiplies errors, and leaves next to nothing of the gradient of a single input's scale.
 NORMALISED = {"floor": 1e-4, "least": 0.1}
@@ -109,11 +109,11 @@ OF_CELLS = ("shares of h and c swapped", "no bias of c")  # which a GRU has not
 
 @needs_native
 @pytest.mark.parametrize(
-    ("op", "fault"), [(op, f) for op in KERNELS for f in FAULTS if op == "lstm_variant" or f not in OF_CELLS]
+    ("op", "fault"), [(op, f) for op in OPS for f in FAULTS if op == "lstm_variant" or f not in OF_CELLS]
 )
 def test_the_comparison_refuses_faults(op: str, fault: str) -> None:
     """The comparison by which the kernel is judged, with the kernel spoiled."""
-    right = layer_by(KERNELS[op])
+    right = layer_by(kernel)
 
     def spoiled(input: Any, sizes: Any, states: Any, weights: Any, reverse: bool, noise: Any) -> Any:
         if fault in NOISE_FAULTS:
@@ -132,22 +132,22 @@ def test_the_comparison_refuses_faults(op: str, fault: str) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize(("op", "index"), [(op, i) for op in KERNELS for i in range(11 if op == "lstm_variant" else 8)])
+@pytest.mark.parametrize(("op", "index"), [(op, i) for op in OPS for i in range(11 if op == "lstm_variant" else 8)])
 def test_the_comparison_refuses_a_wrong_gradient(op: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each gradient of the kernel in turn, off by one part in a thousand."""
-    right = KERNELS[op].layer_backward
+    right = kernel.layer_backward
 
     def wrong(*args: Any) -> Any:
         return [grad * 1.001 if at == index else grad for at, grad in enumerate(right(*args))]
 
-    monkeypatch.setattr(KERNELS[op], "layer_backward", wrong)
+    monkeypatch.setattr(kernel, "layer_backward", wrong)
     with pytest.raises(AssertionError):
         compare(everything(op), call)
 
 
 @needs_native
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("op", OPS)
 def test_a_rows_result_depends_on_no_other_row_and_on_no_thread(op: str, norm: bool) -> None:
     """Ragged or alone, on one thread or two: the same bits."""
     case = replace(everything(op, lengths=(9, 7, 7, 4, 1), bidirectional=True, hidden=150), layer_norm=norm)
@@ -179,7 +179,7 @@ def test_a_rows_result_depends_on_no_other_row_and_on_no_thread(op: str, norm: b
 
 
 @needs_native
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("op", OPS)
 def test_saving_for_the_backward_changes_no_bit(op: str) -> None:
     for case in variants(op):
         inputs = make_inputs(case).to(torch.float32)

@@ -17,7 +17,7 @@ from fastlm.kernels import native
 from fastlm.kernels.cpu.lstm import pack_columns, product
 from fastlm.kernels.packing import cached, pack
 
-__all__ = ["Saved", "layer_backward", "layer_forward"]
+__all__ = ["Packed", "Saved", "layer_backward", "layer_forward", "pack_layer"]
 
 
 class Saved(NamedTuple):
@@ -30,22 +30,23 @@ class Saved(NamedTuple):
     reverse: bool
 
 
-class _Packed(NamedTuple):
+class Packed(NamedTuple):
     w_ih: Tensor
     w_hh: Tensor
     bias: Tensor
 
 
-def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> _Packed:
+def pack_layer(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Packed:
+    """The weights of a layer in one direction as the kernels want them."""
     rows, hidden = w_hh.shape
     none = w_hh.new_zeros(rows, dtype=torch.float32)
     of_x, of_h = (none if bias is None else bias.detach().float() for bias in (b_ih, b_hh))
     gates = rows // hidden
     if gates == 1:
-        return _Packed(pack(w_ih.t()), pack(w_hh.t()), pack((of_x + of_h)[None]))
+        return Packed(pack(w_ih.t()), pack(w_hh.t()), pack((of_x + of_h)[None]))
     # A GRU's n keeps the two apart: r is multiplied by one of them alone.
     both = torch.cat([(of_x + of_h)[: 2 * hidden], of_x[2 * hidden :], of_h[2 * hidden :]])
-    return _Packed(pack(w_ih.t(), gates=gates), pack(w_hh.t(), gates=gates), pack(both[None], gates=4))
+    return Packed(pack(w_ih.t(), gates=gates), pack(w_hh.t(), gates=gates), pack(both[None], gates=4))
 
 
 def layer_forward(
@@ -75,7 +76,7 @@ def layer_forward(
         ValueError: `batch_sizes` is empty or not as above. Other shapes are the caller's to check.
     """
     module = native.CPU.require()
-    packed = cached("recurrent", weights, _pack)
+    packed = cached("recurrent", weights, pack_layer)
     input, h0 = input.contiguous(), h0.contiguous()
     rows, inputs = input.shape
     batch, hidden = h0.shape

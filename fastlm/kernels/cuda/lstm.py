@@ -89,7 +89,7 @@ def layer_forward(
     reverse: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Saved | None]:
-    """One direction of one layer over a packed sequence; arguments as `fastlm.kernels.cpu.lstm_variants`'s."""
+    """One direction of one layer over a packed sequence; arguments as `fastlm.ops.recurrent_variants.layer_by` says."""
     tensors = [None if t is None else t.detach().contiguous() for t in (input, *weights, *norms, *noise, h0, c0)]
     input, w_ih, w_hh, b_ih, b_hh, ln_ih, ln_hh, ln_c, ln_c_bias, dropout, zoneout_h, zoneout_c, h0, c0 = tensors  # type: ignore[assignment]
     assert w_ih is not None and w_hh is not None
@@ -178,7 +178,7 @@ def _normed_recurrence(saved: Saved, grads: Sequence[Tensor | None]) -> _Recurre
 
 @cuda.without_autocast
 def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of `layer_forward`; arguments and results as `fastlm.kernels.cpu.lstm_variants`'s. Deterministic."""
+    """Gradients of `layer_forward`; arguments and results as those of the CPU. Deterministic."""
     input, w_ih, *_, h0, _, output, _, gates_x, gates_h = saved.tensors
     ln_ih, dropout = saved.tensors[5], saved.tensors[9]
     assert input is not None and w_ih is not None and h0 is not None and output is not None
