@@ -57,13 +57,13 @@ const Level kLevels[] = {
 #endif
 };
 
-// AMX: tiles (bit 24) and their products of bfloat16 (bit 22); and vectors of bfloat16 (leaf 1, bit 5). Linux hands out the registers to processes that ask.
+// AMX: tiles (bit 24) and their products of bfloat16 (bit 22) and bytes (bit 25); and vectors of bfloat16 (leaf 1, bit 5). Linux hands out the registers to processes that ask.
 bool has_bfloat_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr long kAskForState = 0x1023, kTileData = 18;
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if (!(d >> 22 & 1) || !(d >> 24 & 1) || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
+  if (!(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1) || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
   return has_avx512() && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 #else
   return false;

@@ -1,8 +1,9 @@
-// Products of rows with weights in GGUF's formats: float arithmetic here, integers in linear_integer.h.
+// Products of rows with weights in GGUF's formats: float arithmetic here, integers in linear_integer.h, linear_tiles.h.
 #include "fastlm/linear.h"
 
 #include "blocks.h"
 #include "linear_integer.h"
+#include "linear_tiles.h"
 #include "threads.h"
 
 namespace fastlm {
@@ -155,6 +156,29 @@ void float_rows(const LinearArgs& a, const LinearWeight& out, int64_t begin, int
   for (; n < end; ++n) float_group<kind, 1>(a, out, n);
 }
 
+// --- Integer products -------------------------------------------------------------------------------------------
+
+// Outputs begin .. end - 1 of all rows. The order of a row's own additions is the same in each tile.
+template <WeightKind kind, Rounding rounding>
+void integer_rows(const LinearArgs& a, const LinearWeight& w, int64_t begin, int64_t end) {
+  // A tile's inputs stay in the level-1 cache while these weights, which level 2 keeps, go past them.
+  constexpr int64_t kCached = 256 * 1024;
+  int64_t step = kCached / (panel_bytes(kind, a.columns) + 1) * kLanes;
+  step = step < kLanes ? kLanes : step;
+  for (int64_t n = begin; n < end; n += step) {
+    const int64_t last = n + step < end ? n + step : end;
+    int64_t m = 0;
+    if constexpr (rounding == Rounding::kBits15) {
+      tiled_products<kind, 2>(a, w, n, last, m);
+      tiled_products<kind, 1>(a, w, n, last, m);
+    }
+    if constexpr (kLanes == 16) integer_tiles<kind, rounding, 8>(a, w, n, last, m);
+    integer_tiles<kind, rounding, 4>(a, w, n, last, m);
+    integer_tiles<kind, rounding, 2>(a, w, n, last, m);
+    integer_tiles<kind, rounding, 1>(a, w, n, last, m);
+  }
+}
+
 // --- The whole --------------------------------------------------------------------------------------------------
 
 // Calls f(weight, begin, end) with the outputs that are this thread's, out of those of all weights.
@@ -184,7 +208,7 @@ void products(const LinearArgs& a, const LinearWeight& w, int64_t begin, int64_t
 #define FASTLM_CASE(kind)                                                       \
   case kind:                                                                    \
     if constexpr (integer)                                                      \
-      return integer_rows<kind, rounding>(a, w, begin, end);          \
+      return integer_rows<kind, rounding>(a, w, begin, end);                    \
     else                                                                        \
       return float_rows<kind>(a, w, begin, end);
       FASTLM_CASE(WeightKind::kQ8_0)
@@ -197,12 +221,17 @@ void products(const LinearArgs& a, const LinearWeight& w, int64_t begin, int64_t
 template <Rounding rounding>
 void linear_with(const LinearArgs& a) {
   const int64_t blocks = a.columns / kBlock;
+  const int64_t tiled = rows_in_tiles(a);
   int64_t bytes = 0;
   for (int i = 0; i < a.count; ++i) bytes += weight_bytes(a.weights[i].kind, a.columns) * a.weights[i].outputs * a.rows;
   parallel(useful_threads(bytes, a.threads), [&](int thread, int threads, Barrier& barrier) {
     if constexpr (rounding != Rounding::kNone) {
-      const Range own = share(a.rows * blocks, thread, threads);
-      for (int64_t i = own.begin; i < own.end; ++i) round_input<rounding>(a.input + i * kBlock, a.scratch[i]);
+      const Range tiles = share((tiled + kTileRows - 1) / kTileRows * blocks, thread, threads);
+      for (int64_t i = tiles.begin; i < tiles.end; ++i)
+        round_tile(a, i / blocks * kTileRows, i % blocks, reinterpret_cast<InputTile*>(a.scratch)[i]);
+      const Range own = share((a.rows - tiled) * blocks, thread, threads);
+      for (int64_t i = tiled * blocks + own.begin; i < tiled * blocks + own.end; ++i)
+        round_input<rounding>(a.input + i * kBlock, a.scratch[i]);
       barrier.wait();
     }
     own_outputs(a, thread, threads, [&](const LinearWeight& w, int64_t begin, int64_t end) {

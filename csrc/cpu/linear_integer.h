@@ -92,6 +92,23 @@ FASTLM_INLINE void round_input(const float* x, InputBlock& block) {
 
 constexpr int64_t panel_bytes(WeightKind kind, int64_t columns) { return kLanes * weight_bytes(kind, columns); }
 
+// Adds a block: `dot`, of codes and scaled inputs, and for Q4_1 what the minimum adds to it.
+template <WeightKind kind>
+FASTLM_INLINE void add_block(vf& sum, vf dot, vf scale, vf minimum, float input_sum) {
+  sum += dot * scale;
+  if constexpr (kind == WeightKind::kQ4_1) sum += minimum * input_sum;
+}
+
+// The outputs `first` .. of row m, as many as there are in a vector.
+FASTLM_INLINE void write_outputs(const LinearWeight& w, int64_t m, int64_t first, vf sum) {
+  float* const out = w.output + m * w.outputs + first;
+  const vf bias = w.bias == nullptr ? vf{} : load_until(w.bias, first, w.outputs, 0.0f);
+  if (first + kLanes <= w.outputs)
+    store(out, sum + bias);
+  else
+    store_partial(out, sum + bias, static_cast<int>(w.outputs - first));
+}
+
 // Outputs first .. first + valid - 1 (valid <= kLanes), whose weights are the `panel`, for M rows of the input from m0.
 template <WeightKind kind, Rounding rounding, int M>
 FASTLM_INLINE void integer_tile(const LinearArgs& a, const LinearWeight& w, const uint8_t* panel, int64_t first,
@@ -129,6 +146,8 @@ FASTLM_INLINE void integer_tile(const LinearArgs& a, const LinearWeight& w, cons
       }
     }
     const vf scale = load_halves(panel);
+    vf minimum{};
+    if constexpr (kind == WeightKind::kQ4_1) minimum = load_halves(panel + 2 * kLanes);
     for (int m = 0; m < M; ++m) {
       const InputBlock& input = x[m * blocks];
       constexpr int kEights = added_to_codes(kind) / 8;
@@ -139,19 +158,10 @@ FASTLM_INLINE void integer_tile(const LinearArgs& a, const LinearWeight& w, cons
         dot = to_float(dots[m][0].total() + input.minus_8[0] * kEights) * input.scales[0];
         dot += to_float(dots[m][1].total() + input.minus_8[1] * kEights) * input.scales[1];
       }
-      sums[m] += dot * scale;
-      if constexpr (kind == WeightKind::kQ4_1) sums[m] += load_halves(panel + 2 * kLanes) * input.sum;
+      add_block<kind>(sums[m], dot, scale, minimum, input.sum);
     }
   }
-  const int valid = static_cast<int>(w.outputs - first < kLanes ? w.outputs - first : kLanes);
-  const vf bias = w.bias == nullptr ? vf{} : load_until(w.bias, first, w.outputs, 0.0f);
-  for (int m = 0; m < M; ++m) {
-    float* out = w.output + (m0 + m) * w.outputs + first;
-    if (valid == kLanes)
-      store(out, sums[m] + bias);
-    else
-      store_partial(out, sums[m] + bias, valid);
-  }
+  for (int m = 0; m < M; ++m) write_outputs(w, m0 + m, first, sums[m]);
 }
 
 template <WeightKind kind, Rounding rounding, int M>
@@ -161,23 +171,6 @@ FASTLM_INLINE void integer_tiles(const LinearArgs& a, const LinearWeight& w, int
   for (; m + M <= a.rows; m += M)
     for (int64_t n = begin; n < end; n += kLanes)
       integer_tile<kind, rounding, M>(a, w, panel + (n - begin) / kLanes * bytes, n, m);
-}
-
-// Outputs begin .. end - 1 of all rows. The order of a row's own additions is the same in each tile.
-template <WeightKind kind, Rounding rounding>
-void integer_rows(const LinearArgs& a, const LinearWeight& w, int64_t begin, int64_t end) {
-  // A tile's inputs stay in the level-1 cache while these weights, which level 2 keeps, go past them.
-  constexpr int64_t kCached = 256 * 1024;
-  int64_t step = kCached / (panel_bytes(kind, a.columns) + 1) * kLanes;
-  step = step < kLanes ? kLanes : step;
-  for (int64_t n = begin; n < end; n += step) {
-    const int64_t last = n + step < end ? n + step : end;
-    int64_t m = 0;
-    if constexpr (kLanes == 16) integer_tiles<kind, rounding, 8>(a, w, n, last, m);
-    integer_tiles<kind, rounding, 4>(a, w, n, last, m);
-    integer_tiles<kind, rounding, 2>(a, w, n, last, m);
-    integer_tiles<kind, rounding, 1>(a, w, n, last, m);
-  }
 }
 
 }  // namespace FASTLM_ISA

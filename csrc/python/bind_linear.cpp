@@ -47,7 +47,7 @@ void bind_linear(py::module_& m) {
         args.rounding = static_cast<Rounding>(rounding);
         args.threads = threads;
         if (args.rounding != Rounding::kNone)
-          args.scratch = static_cast<InputBlock*>(scratch(rows * (columns / kBlock) * sizeof(InputBlock)));
+          args.scratch = static_cast<InputBlock*>(scratch(linear_scratch(rows, columns) * sizeof(InputBlock)));
         launch(&linear, args);
       },
       py::arg("input"), py::arg("weights"), py::arg("rounding"), py::arg("rows"), py::arg("columns"),

@@ -140,7 +140,7 @@ struct Packed {
 std::vector<float> run(const Case& c, Rounding rounding, int threads = 2) {
   std::vector<float> output(static_cast<size_t>(c.rows * c.outputs), NAN);
   const bool integer = rounding != Rounding::kNone;
-  std::vector<InputBlock> scratch(integer ? static_cast<size_t>(c.rows * c.columns / kBlock) : 0);
+  std::vector<InputBlock> scratch(integer ? static_cast<size_t>(fastlm::linear_scratch(c.rows, c.columns)) : 0);
   std::unique_ptr<Packed> packed(integer ? new Packed(c) : nullptr);
   const void* weight = integer ? packed->data : c.weight();
   fastlm::linear({c.input.data(), scratch.data(), {{weight, c.bias.data(), output.data(), c.outputs, c.kind}}, 1,
@@ -239,6 +239,29 @@ FASTLM_TEST(linear_row_depends_on_nothing_else) {
     }
 }
 
+// One row goes by vector instructions, more by the unit that multiplies tiles where there is one: to the bit the same.
+FASTLM_TEST(linear_row_is_the_same_among_any_number_of_rows) {
+  for (WeightKind kind : {WeightKind::kQ8_0, WeightKind::kQ4_0, WeightKind::kQ4_1})
+    for (int64_t columns : {32, 64, 96, 160, 576})
+      for (int64_t outputs : {1, 15, 49, 112}) {
+        Case all = make_case(kind, 17, outputs, columns);
+        const std::vector<float> input = all.input;
+        std::vector<float> alone;
+        for (int64_t m = 0; m < 17; ++m) {
+          all.rows = 1;
+          all.input.assign(input.begin() + m * columns, input.begin() + (m + 1) * columns);
+          const std::vector<float> y = run(all, Rounding::kBits15);
+          alone.insert(alone.end(), y.begin(), y.end());
+        }
+        for (int64_t rows = 1; rows <= 17; ++rows) {
+          all.rows = rows;
+          all.input.assign(input.begin(), input.begin() + rows * columns);
+          const std::vector<float> y = run(all, Rounding::kBits15);
+          CHECK(std::memcmp(y.data(), alone.data(), y.size() * sizeof(float)) == 0);
+        }
+      }
+}
+
 FASTLM_TEST(linear_sums_at_the_ends_of_int8_do_not_saturate) {
   for (WeightKind kind : {WeightKind::kQ8_0, WeightKind::kQ4_0, WeightKind::kQ4_1})
     for (int code : {0x00, 0x0f, 0x7f, 0x80, 0xff})
@@ -271,7 +294,7 @@ FASTLM_TEST(linear_of_several_weights_is_that_of_each) {
       std::vector<Case> cases;
       for (WeightKind kind : {WeightKind::kQ4_1, WeightKind::kF16, WeightKind::kQ8_0, WeightKind::kQ4_0})
         cases.push_back(make_case(kind, 3, 5 + 90 * static_cast<int64_t>(cases.size()), 256));
-      std::vector<InputBlock> scratch(3 * 256 / kBlock);
+      std::vector<InputBlock> scratch(static_cast<size_t>(fastlm::linear_scratch(3, 256)));
       std::vector<std::unique_ptr<Packed>> packed;
       std::vector<std::vector<float>> outputs;
       fastlm::LinearArgs args{cases[0].input.data(), scratch.data(), {}, 0, 3, 256, rounding, threads};

@@ -54,13 +54,16 @@ struct LinearWeight {
 
 struct LinearArgs {
   const float* input;  // [rows, columns], contiguous
-  InputBlock* scratch;  // [rows, columns / 32], used during the call only; null where rounding is kNone
+  InputBlock* scratch;  // [linear_scratch(...)], used during the call only; null where rounding is kNone
   LinearWeight weights[kMostWeights];  // of one number of columns; their products are computed side by side
   int count;
   int64_t rows, columns;
   Rounding rounding;  // for the weights of Q kinds
   int threads;
 };
+
+// How many InputBlocks of scratch a call wants: rows come in tiles of 8 where there is a unit for them.
+constexpr int64_t linear_scratch(int64_t rows, int64_t columns) { return (rows + 7) / 8 * 8 * (columns / kBlock); }
 
 // Every weight is read from memory once for a dozen rows. An output depends on its own row of the input and of the
 // weight alone: neither `rows`, `count` nor `threads` changes a bit of it.
