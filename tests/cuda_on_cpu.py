@@ -33,11 +33,11 @@ def module() -> ModuleType:
     flags = ["-std=gnu++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-unknown-pragmas"]
     includes = [CSRC / "include", CSRC / "cuda", CSRC / "tests" / "shim", pybind11.get_include()]
     flags += [f"-I{path}" for path in (*includes, sysconfig.get_path("include"))]
-    logged = ["-fsanitize=thread", "-fno-threadsafe-statics"]
+    logged, log = ("-fsanitize=thread", "-fno-threadsafe-statics"), ("-DFASTLM_SHIM_LOGS",)
     sources = {
         **dict.fromkeys(sorted((CSRC / "cuda").glob("*.cu")), logged),
-        CSRC / "tests" / "shim" / "cuda_on_cpu.cpp": ["-DFASTLM_SHIM_LOGS"],
-        CSRC / "python" / "cuda_module.cpp": ["-DFASTLM_ON_CPU"],
+        **dict.fromkeys(sorted((CSRC / "tests" / "shim").glob("*.cpp")), log),
+        CSRC / "python" / "cuda_module.cpp": ("-DFASTLM_ON_CPU",),
     }
     objects = [folder / f"{source.stem}.o" for source in sources]
     runs = [

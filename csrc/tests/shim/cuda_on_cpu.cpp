@@ -1,107 +1,24 @@
-// The scheduler of fibers and the log of accesses; see cuda_on_cpu.h. Not itself instrumented.
-#include "cuda_on_cpu.h"
+// The scheduler of fibers; see cuda_on_cpu.h. Not itself instrumented.
+#include "machine.h"
 
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <map>
-#include <string>
-#include <unordered_map>
-#include <vector>
-
-#include "fiber.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
 
 namespace shim {
-namespace {
 
-constexpr std::size_t kStack = 256 << 10;  // reserved; what is untouched costs nothing
-constexpr int kWarp = 32;
-constexpr int kPatience = 20000;  // turns of which none but waiting for another block's atomics came
-
-enum class State { ready, barrier, warp, done };
-
-// How far each block has come, in barriers, as far as this one can know. Between blocks, that is through atomics.
-using Clock = std::vector<uint32_t>;
+Machine machine;
 
 void merge(Clock& into, const Clock& from) {
   if (into.size() < from.size()) into.resize(from.size());
   for (std::size_t i = 0; i < from.size(); ++i) into[i] = std::max(into[i], from[i]);
 }
-
-struct Block;
-
-struct Fiber {
-  Context context;
-  char* stack;
-  Index here[4];  // as in shim::here
-  Block* block;
-  uint32_t id, lane, warp;
-  State state;
-  // What it waits for.
-  Site site;
-  WarpOp op;
-  uint32_t mask;
-  uint64_t value, result;
-  int argument;
-  bool fenced;     // a fence since its last plain store and barrier: its next atomic publishes
-  Clock acquired;  // from atomics; known to the block after a fence and a barrier
-};
-
-struct Block {
-  uint32_t index, epoch = 0;
-  std::vector<Fiber*> fibers;
-  std::vector<uint32_t> warp_epochs;
-  unsigned at_barrier = 0, done = 0;
-  Clock known, arriving;
-  std::map<const void*, std::pair<unsigned char*, std::size_t>> statics;
-  unsigned char* dynamic = nullptr;
-};
-
-struct Access {
-  uint32_t thread = 0, epoch, warp_epoch, block_warp;  // thread: its number in the grid, from 1; 0: none
-  uint32_t block;
-  bool atomic;
-};
-struct Cell {
-  Access write, reads[2];
-};
-struct Watched {
-  std::string name;
-  uintptr_t begin, end;
-  std::size_t touched = 0;
-};
-
-struct Machine {
-  Options options;
-  Context scheduler;
-  Fiber* current = nullptr;
-  bool busy = false;  // in here, not in device code: the linker may choose an instrumented copy of a std function
-  bool progress = false;
-  std::string error;
-  std::vector<char*> stacks;
-  std::vector<Watched> watched;
-  std::vector<Site> sites;
-  uintptr_t parameters_begin = 0, parameters_end = 0;
-  std::size_t dynamic_bytes = 0;
-  std::unordered_map<uintptr_t, Cell> cells;        // by address / 2
-  std::unordered_map<uintptr_t, Clock> published;  // by the atomic's address
-  void (*body)(void*) = nullptr;
-  void* data = nullptr;
-  uint64_t random = 0;
-} machine;
-
-// In every function that device code calls. A switch away and back leaves `busy` as it is.
-struct Inside {
-  Inside() { machine.busy = true; }
-  ~Inside() { machine.busy = false; }
-};
 
 std::string name_of(const Fiber& fiber) {
   const Index &t = fiber.here[0], &b = fiber.here[1];
@@ -110,7 +27,6 @@ std::string name_of(const Fiber& fiber) {
   return text;
 }
 
-// Ends the launch. From a fiber it does not return.
 void fail(const std::string& what) {
   if (machine.error.empty()) machine.error = what;
   if (Fiber* const fiber = machine.current) {
@@ -118,6 +34,18 @@ void fail(const std::string& what) {
     switch_to(fiber->context, machine.scheduler);
   }
 }
+
+Fiber* current(const char* what) {
+  if (machine.current == nullptr) {
+    std::fprintf(stderr, "shim: %s outside a launch\n", what);
+    std::abort();
+  }
+  return machine.current;
+}
+
+namespace {
+
+constexpr int kPatience = 20000;  // turns of which none but waiting for another block's atomics came
 
 void enter() {
   machine.busy = false;
@@ -213,82 +141,6 @@ void schedule(std::vector<Fiber*> fibers) {
   }
 }
 
-bool ordered(const Access& a, const Fiber& f) {
-  if (a.thread == f.id) return true;
-  if (a.block != f.block->index) return a.block < f.block->known.size() && a.epoch < f.block->known[a.block];
-  return a.epoch < f.block->epoch || (a.block_warp == f.warp && a.warp_epoch < f.block->warp_epochs[f.warp]);
-}
-
-void check_bounds(const Fiber& f, uintptr_t p, std::size_t bytes, bool write) {
-  const auto within = [&](uintptr_t begin, uintptr_t end) { return p >= begin && p + bytes <= end; };
-  const auto dynamic = reinterpret_cast<uintptr_t>(f.block->dynamic);
-  if (f.block->dynamic != nullptr && within(dynamic, dynamic + machine.dynamic_bytes)) return;
-  for (const auto& [key, memory] : f.block->statics) {
-    const auto begin = reinterpret_cast<uintptr_t>(memory.first);
-    if (within(begin, begin + memory.second)) return;
-  }
-  if (!write && within(machine.parameters_begin, machine.parameters_end)) return;
-  if (machine.watched.empty()) return;
-  std::string nearest = "far from everything it may touch";
-  uintptr_t best = 1 << 16;
-  for (Watched& buffer : machine.watched) {
-    if (within(buffer.begin, buffer.end)) {
-      buffer.touched += bytes;
-      return;
-    }
-    const bool before = p < buffer.begin;
-    const uintptr_t distance = before ? buffer.begin - p : p - buffer.end;
-    if (distance < best) {
-      best = distance;
-      nearest = std::to_string(distance) + (before ? " bytes before " : " bytes past the end of ") + buffer.name;
-    }
-  }
-  fail(name_of(f) + (write ? " writes " : " reads ") + std::to_string(bytes) + " bytes out of bounds, " + nearest);
-}
-
-void log_access(const void* memory, std::size_t bytes, bool write, bool atomic) {
-  Fiber* const f = machine.current;
-  const auto p = reinterpret_cast<uintptr_t>(memory);
-  const auto stack = reinterpret_cast<uintptr_t>(f->stack);
-  if (p >= stack && p < stack + kStack) return;
-  check_bounds(*f, p, bytes, write);
-  if (write && !atomic) f->fenced = false;
-  const Access now = {f->id, f->block->epoch, f->block->warp_epochs[f->warp], f->warp, f->block->index, atomic};
-  for (uintptr_t half = p / 2; half <= (p + bytes - 1) / 2; ++half) {
-    Cell& cell = machine.cells[half];
-    const auto conflict = [&](const Access& before) {
-      if (before.thread == 0 || (atomic && before.atomic) || ordered(before, *f)) return;
-      const std::string where = f->block->dynamic != nullptr && p - uintptr_t(f->block->dynamic) < machine.dynamic_bytes
-                                    ? " at byte " + std::to_string(p - uintptr_t(f->block->dynamic)) + " of dynamic shared memory"
-                                    : "";
-      std::string buffer;
-      for (const Watched& w : machine.watched)
-        if (p >= w.begin && p < w.end) buffer = " at byte " + std::to_string(p - w.begin) + " of " + w.name;
-      fail(name_of(*f) + (write ? " writes" : " reads") + where + buffer + " what thread number " +
-           std::to_string(before.thread - 1) + " of the grid " + (&before == &cell.write ? "writes" : "reads") +
-           ", and nothing orders the two: a race");
-    };
-    conflict(cell.write);
-    if (write) {
-      conflict(cell.reads[0]);
-      conflict(cell.reads[1]);
-      cell.write = now;
-    } else if (cell.reads[0].thread == 0 || ordered(cell.reads[0], *f)) {
-      cell.reads[0] = now;
-    } else {
-      cell.reads[1] = now;
-    }
-  }
-}
-
-Fiber* current(const char* what) {
-  if (machine.current == nullptr) {
-    std::fprintf(stderr, "shim: %s outside a launch\n", what);
-    std::abort();
-  }
-  return machine.current;
-}
-
 // Notes a barrier or fence; whether it is the one to do nothing.
 bool left_out(const Site& site) {
   std::vector<Site>& all = machine.sites;
@@ -306,26 +158,6 @@ unsigned char* allocate(std::size_t bytes) {
 
 Options& options() { return machine.options; }
 const std::vector<Site>& sites() { return machine.sites; }
-
-bool logs_accesses() {
-#if defined(FASTLM_SHIM_LOGS)
-  return true;
-#else
-  return false;
-#endif
-}
-
-void watch(const char* name, const void* memory, std::size_t bytes) {
-  const auto begin = reinterpret_cast<uintptr_t>(memory);
-  machine.watched.push_back({name, begin, begin + bytes, 0});
-}
-void forget_all() { machine.watched.clear(); }
-std::size_t touched(const char* name) {
-  std::size_t bytes = 0;
-  for (const Watched& buffer : machine.watched)
-    if (buffer.name == name) bytes += buffer.touched;
-  return bytes;
-}
 
 Index here(int which) { return current("threadIdx")->here[which]; }
 
@@ -388,28 +220,6 @@ uint64_t warp(WarpOp op, uint32_t mask, uint64_t value, int argument) {
   machine.progress = true;
   if (fiber->state != State::ready) pause(fiber);
   return fiber->result;
-}
-
-void touch(const void* memory, std::size_t bytes, bool write) {
-  if (machine.current == nullptr || machine.busy || !machine.options.log) return;
-  const Inside inside;
-  log_access(memory, bytes, write, false);
-}
-
-void atomic(const void* memory, std::size_t bytes) {
-  const Inside inside;
-  current("an atomic");
-  if (!machine.options.log) return;
-  log_access(memory, bytes, true, true);
-  Fiber* const fiber = machine.current;
-  Clock& clock = machine.published[reinterpret_cast<uintptr_t>(memory)];
-  merge(fiber->acquired, clock);
-  if (!fiber->fenced) return;
-  // What the block did before its last barrier, and what it knew of others then.
-  merge(clock, fiber->block->known);
-  Clock own(fiber->block->index + 1);
-  own.back() = fiber->block->epoch;
-  merge(clock, own);
 }
 
 const char* run(Index grid, Index block, std::size_t dynamic_bytes, bool cooperative, void (*body)(void*), void* data) {
@@ -487,28 +297,3 @@ const char* run(Index grid, Index block, std::size_t dynamic_bytes, bool coopera
 }
 
 }  // namespace shim
-
-#if defined(FASTLM_SHIM_LOGS)
-// What the compiler calls under -fsanitize=thread.
-extern "C" {
-#define FASTLM_SHIM_ACCESS(n)                                                   \
-  void __tsan_read##n(void* p) { ::shim::touch(p, n, false); }                  \
-  void __tsan_write##n(void* p) { ::shim::touch(p, n, true); }                  \
-  void __tsan_unaligned_read##n(void* p) { ::shim::touch(p, n, false); }        \
-  void __tsan_unaligned_write##n(void* p) { ::shim::touch(p, n, true); }        \
-  void __tsan_volatile_read##n(void* p) { ::shim::touch(p, n, false); }         \
-  void __tsan_volatile_write##n(void* p) { ::shim::touch(p, n, true); }
-FASTLM_SHIM_ACCESS(1)
-FASTLM_SHIM_ACCESS(2)
-FASTLM_SHIM_ACCESS(4)
-FASTLM_SHIM_ACCESS(8)
-FASTLM_SHIM_ACCESS(16)
-void __tsan_read_range(void* p, std::size_t bytes) { ::shim::touch(p, bytes, false); }
-void __tsan_write_range(void* p, std::size_t bytes) { ::shim::touch(p, bytes, true); }
-void __tsan_vptr_read(void**) {}
-void __tsan_vptr_update(void**, void*) {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_init() {}
-}
-#endif

@@ -6,7 +6,7 @@
 // - a barrier that not all threads of the block reach, or that they reach at different lines;
 // - a warp operation whose mask leaves out the caller, names lanes that have exited, or reads from a lane outside it;
 // - blocks that wait for each other for ever;
-// and, in sources compiled with -fsanitize=thread (whose runtime is not linked: cuda_on_cpu.cpp has the functions that
+// and, in sources compiled with -fsanitize=thread (whose runtime is not linked: access_log.cpp has the functions that
 // the compiler calls at every load and store),
 // - a load or store outside shared memory, the thread's own stack and the buffers given to watch(), once there are any;
 // - races: two accesses of the same bytes by different threads, at least one of them a plain store, that no barrier,

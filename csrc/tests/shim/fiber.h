@@ -13,7 +13,7 @@ asm(R"(
 .text
 .p2align 4
 .hidden shim_switch
-.globl shim_switch
+.weak shim_switch
 .type shim_switch, @function
 shim_switch:
   push %rbp
@@ -39,7 +39,7 @@ asm(R"(
 .text
 .p2align 4
 .hidden shim_switch
-.globl shim_switch
+.weak shim_switch
 .type shim_switch, %function
 shim_switch:
   sub sp, sp, #160
