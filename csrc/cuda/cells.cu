@@ -10,7 +10,7 @@ namespace {
 // A block for each row, with `floats` of dynamic shared memory for each unit.
 template <typename Cell, typename Launch>
 const char* each_row(const Cell& cell, int floats, Launch launch) {
-  if (cell.batch == 0) return nullptr;
+  if (cell.batch == 0 || cell.hidden == 0) return nullptr;
   return device::with_type(cell.storage, [&](auto type) {
     return launch(type, device::Shape{unsigned(cell.batch), device::kCellThreads, std::size_t(cell.hidden) * floats * 4,
                                       false});

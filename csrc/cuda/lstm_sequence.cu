@@ -23,7 +23,7 @@ int64_t units_of_block(int64_t hidden, int multiprocessors) {
 }  // namespace
 
 const char* lstm_step_cuda(const LstmStepCuda& args, void* stream) {
-  if (args.batch == 0) return nullptr;
+  if (args.batch == 0 || args.hidden == 0) return nullptr;
   constexpr int kUnits = device::kStepThreads / device::kWarp;
   const Shape shape{unsigned((args.hidden + kUnits - 1) / kUnits), device::kStepThreads, 0, false};
   return device::with_type(args.storage, [&](auto type) {
@@ -43,7 +43,7 @@ std::size_t lstm_sequence_cuda_scratch(int64_t batch, int64_t hidden) {
 }
 
 const char* lstm_sequence_cuda(const LstmSequenceCuda& args, void* stream) {
-  if (args.batch == 0 || args.steps == 0) return nullptr;
+  if (args.batch == 0 || args.steps == 0 || args.hidden == 0) return nullptr;
   device::Limits limits;
   if (const char* error = device::limits(&limits)) return error;
   return device::with_type(args.storage, [&](auto type) -> const char* {
@@ -69,7 +69,7 @@ const char* lstm_sequence_cuda(const LstmSequenceCuda& args, void* stream) {
 
 const char* lstm_sequence_backward_cuda(const LstmSequenceGradientsCuda& args, void* stream) {
   const LstmSequenceCuda& a = args.sequence;
-  if (a.batch == 0 || a.steps == 0) return nullptr;
+  if (a.batch == 0 || a.steps == 0 || a.hidden == 0) return nullptr;
   device::Limits limits;
   if (const char* error = device::limits(&limits)) return error;
   return device::with_type(a.storage, [&](auto type) -> const char* {
@@ -90,6 +90,15 @@ const char* lstm_sequence_backward_cuda(const LstmSequenceGradientsCuda& args, v
                                     : device::lstm_sequence_backward_kernel<T, 8>,
                           shape, stream, launch);
   });
+}
+
+const char* cuda_device_error() {
+#if defined(__CUDACC__)
+  cudaFuncAttributes attributes;
+  return device::message(cudaFuncGetAttributes(&attributes, device::lstm_step_kernel<float, 1, 4>));
+#else
+  return nullptr;
+#endif
 }
 
 int cuda_device_count() {

@@ -204,6 +204,7 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   using namespace fastlm;
   m.doc() = "fastlm's CUDA kernels. Use fastlm.ops; this module takes raw device addresses and checks little.";
   m.def("device_count", &cuda_device_count);
+  m.def("device_error", &cuda_device_error);
   m.def("lstm_cell", &lstm_cell);
   m.def("lstm_cell_backward", &lstm_cell_backward);
   m.def("gru_cell", &gru_cell);

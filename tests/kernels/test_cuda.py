@@ -38,6 +38,7 @@ def test_the_module_loads_without_a_device() -> None:
     module = native.CUDA.require()
     assert module.device_count() >= 0 and not module.on_cpu
     if module.device_count() == 0:
+        assert module.device_error()
         for call_kernel in (
             lambda: module.lstm_cell(0, 1, 1, {}, 0),
             lambda: module.sample(0, 1, 1, 1, [0.0] * 6, [0] * 6, [0] * 6, [0] * 6, 0, 0, 0, 0, 0, 0, 0, 0, 0),

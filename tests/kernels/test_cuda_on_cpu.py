@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import cuda_on_cpu
@@ -184,6 +185,34 @@ def test_gru_cell_and_its_gradients(batch: int, inputs: int, hidden: int, bias: 
     triples += zip(*gradients, strict=True)
     for ours, theirs, want in triples:
         assert_close_to_reference(ours.detach(), theirs.detach(), want.detach(), floor=1e-5)
+
+
+def test_sizes_of_zero(shim: Any) -> None:
+    """A hidden size of 0 has no blocks to divide the units among."""
+    for case in (LSTM, GRU):
+        for norm in (False, True):
+            inputs = make_inputs(replace(case, hidden=1, layer_norm=norm)).to(torch.float32)
+            none = [t[..., :0] if t.dim() == 3 else t[:0] for t in (*inputs.states, *inputs.weights)]
+            states, weights = none[: case.states], none[case.states :]
+            weights[1] = weights[1][:, :0]
+            with ops.backend("cuda"):
+                found = getattr(ops, case.op)(
+                    inputs.input, states if case.states == 2 else states[0], weights, layer_norm=norm
+                )
+            assert found[0].shape == (*inputs.input.shape[:2], 0)
+    x, h = torch.zeros(0, 8), torch.zeros(0, 6)
+    with ops.backend("cuda"):
+        assert ops.gru_cell(x, h, *normal((18, 8), (18, 6))).shape == (0, 6)
+
+
+def test_a_device_without_kernels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, h = normal((2, 8), (2, 6))
+    weights = normal((18, 8), (18, 6))
+    old = ModuleType("_cuda")
+    vars(old).update(on_cpu=True, device_error=lambda: "no kernel image is available")
+    monkeypatch.setattr(native.CUDA, "module", old)
+    reason = dict(ops.explain("gru_cell", x, h, *weights).reasons)["cuda"]
+    assert reason == "the kernels can't run on cpu: no kernel image is available"
 
 
 def test_dispatch_says_why() -> None:

@@ -111,6 +111,8 @@ struct LstmSequenceGradientsCuda {
 };
 const char* lstm_sequence_backward_cuda(const LstmSequenceGradientsCuda& args, void* stream);
 
+// Why no kernel can run on the current device, as where none was compiled for its architecture; null where they can.
+const char* cuda_device_error();
 // Devices the CUDA runtime can use; 0 where there is no driver.
 int cuda_device_count();
 

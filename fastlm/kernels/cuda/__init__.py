@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -33,6 +34,14 @@ def unavailable() -> str | None:
     return None if _on_cpu() or torch.cuda.is_available() else "there is no CUDA device that torch can use"
 
 
+@functools.cache
+def _device_error(module: ModuleType, device: torch.device) -> str | None:
+    """Why kernels can't run on a device, as where none was compiled for its architecture; None where they can."""
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        error: str | None = module.device_error()
+    return None if error is None else f"the kernels can't run on {device}: {error}"
+
+
 def why_not(*tensors: Tensor | None) -> str | None:
     """Why the kernels can't take these: they have to be on one device and of one dtype that the kernels know."""
     reason = unavailable()
@@ -49,7 +58,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
             return f"a tensor is on {tensor.device}, another on {given[0].device}; they have to be on one CUDA device"
         if tensor.dtype != given[0].dtype or tensor.dtype not in STORAGES:
             return f"a tensor is {tensor.dtype}; the kernels take one of float32, float16 and bfloat16"
-    return None
+    return _device_error(native.CUDA.require(), given[0].device)
 
 
 def stream(device: torch.device) -> int:
