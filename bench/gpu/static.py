@@ -12,9 +12,10 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from fastlm.kernels.triton.shipped import Shipped, Work
 __all__ = ["discover", "judge", "main", "row"]
 
 _REPOSITORY = Path(__file__).parents[2]
+_INCLUDE = re.compile(r'^#include "(.+)"', re.MULTILINE)
 _CUDA_TARGETS = tuple(target for target in shipping.TARGETS if target.startswith("sm_"))
 
 
@@ -61,7 +63,7 @@ class Job:
         if self.source.endswith(".cu"):
             source = _REPOSITORY / self.source
             include = [_REPOSITORY / "csrc" / "include", source.parent]
-            key = _hash(self.source, self.target, compiled.tool("nvcc"), *_texts(source.parent, include[0]))
+            key = _hash(self.source, self.target, compiled.tool("nvcc"), *_texts(source, include))
             return _cached(
                 key, lambda: [(n, f.to_dict()) for n, f in compiled.compile_cuda(source, include, self.target)]
             )
@@ -72,10 +74,16 @@ class Job:
         )
 
 
-def _texts(*folders: Path) -> Iterator[str]:
-    for folder in folders:
-        for path in sorted(folder.rglob("*.*h")) + sorted(folder.rglob("*.cu")):
-            yield path.read_text(encoding="utf-8")
+def _texts(source: Path, include: Sequence[Path]) -> Iterator[str]:
+    """A source and, each once, what it includes of ours."""
+    left, seen = [source], {source}
+    while left:
+        text = left.pop().read_text(encoding="utf-8")
+        yield text
+        for name in _INCLUDE.findall(text):
+            found = {path for path in (folder / name for folder in include) if path.exists()} - seen
+            seen |= found
+            left += sorted(found)
 
 
 def _hash(*parts: object) -> str:

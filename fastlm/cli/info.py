@@ -45,7 +45,7 @@ def collect() -> dict[str, Any]:
         },
         "backends": {
             "cpu": native.CPU.error or "available",
-            "cuda": cuda.unavailable() or "available",
+            "cuda": cuda.unavailable(torch.device("cuda")) or "available",
             "torch": "available",
             "reference": "available",
         },

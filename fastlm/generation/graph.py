@@ -24,7 +24,7 @@ def records(device: torch.device) -> bool:
 def sampling_device(device: torch.device) -> torch.device:
     """Where tokens are sampled for a model on `device`: there where it has a sampler, else on the CPU, whose kernel
     takes less time over a copy of the logits than dozens of torch operations on the device would."""
-    on_device = device.type == "cuda" and cuda.unavailable() is None and hasattr(native.CUDA.module, "sample")
+    on_device = device.type == "cuda" and cuda.unavailable(device) is None and hasattr(native.CUDA.module, "sample")
     return device if on_device else torch.device("cpu")
 
 

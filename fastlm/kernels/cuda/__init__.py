@@ -27,11 +27,14 @@ def _on_cpu() -> bool:
     return native.CUDA.module is not None and native.CUDA.module.on_cpu
 
 
-def unavailable() -> str | None:
-    """Why no CUDA kernel can run in this process; None where they can."""
-    if native.CUDA.module is None:
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Why no CUDA kernel can run in this process, or on that device; None where they can."""
+    module = native.CUDA.module
+    if module is None:
         return native.CUDA.error
-    return None if _on_cpu() or torch.cuda.is_available() else "there is no CUDA device that torch can use"
+    if not _on_cpu() and not torch.cuda.is_available():
+        return "there is no CUDA device that torch can use"
+    return None if device is None else _device_error(module, device)
 
 
 @functools.cache
@@ -58,7 +61,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
             return f"a tensor is on {tensor.device}, another on {given[0].device}; they have to be on one CUDA device"
         if tensor.dtype != given[0].dtype or tensor.dtype not in STORAGES:
             return f"a tensor is {tensor.dtype}; the kernels take one of float32, float16 and bfloat16"
-    return _device_error(native.CUDA.require(), given[0].device)
+    return unavailable(given[0].device)
 
 
 def stream(device: torch.device) -> int:
