@@ -114,6 +114,18 @@ bool matmul_tiles() {
   return has && tiles_allowed && kernels().matmul == best()->matmul;  // a level that was forced does without
 }
 
+bool digit_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool has = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 25 & 1);  // AMX's products of int8
+  }();
+  return has && matmul_tiles();
+#else
+  return false;
+#endif
+}
+
 const char* isa_active() { return kernels().isa; }
 
 bool isa_force(const char* level) {

@@ -55,15 +55,16 @@
   X(void, norm_backward, (const NormBackward& a), (a))                              \
   X(int64_t, norm_backward_scratch, (const NormBackward& a), (a))                   \
   X(void, pack_panels, (const PackPanels& a), (a))                                  \
+  X(void, pack_digits, (const PackDigits& a), (a))                                  \
+  X(int64_t, packed_digits_size, (int64_t k, int64_t n, int64_t gates, int64_t groups), (k, n, gates, groups)) \
   X(void, softmax_loss, (const SoftmaxLoss& a), (a))                                \
   X(int64_t, softmax_loss_scratch, (const SoftmaxLoss& a), (a))                     \
   X(void, rotary, (const Rotary& a), (a))                                           \
   X(int64_t, packed_size, (int64_t k, int64_t n, int64_t gates, bool bfloat), (k, n, gates, bfloat)) \
   X(void, lstm_forward, (const LstmForward& a), (a))                                \
-  X(int64_t, lstm_forward_scratch, (int64_t b, int64_t h, int64_t p, bool project, bool save), \
-    (b, h, p, project, save))                                                       \
+  X(int64_t, lstm_forward_scratch, (const LstmForward& a), (a))                     \
   X(void, lstm_backward, (const LstmBackward& a), (a))                              \
-  X(int64_t, lstm_backward_scratch, (int64_t b, int64_t h, int64_t p, bool project), (b, h, p, project)) \
+  X(int64_t, lstm_backward_scratch, (const LstmBackward& a), (a))                   \
   X(void, variant_forward, (const VariantForward& a), (a))                          \
   X(int64_t, variant_forward_scratch, (int64_t g, int64_t n, int64_t b, int64_t h, bool norm, bool save), \
     (g, n, b, h, norm, save))                                                       \

@@ -1,8 +1,9 @@
 #include "fastlm/lstm.h"
 
 #include <cstring>
+#include <type_traits>
 
-#include "recurrence.h"
+#include "recurrence_digits.h"
 #include "simd_math.h"
 
 namespace fastlm {
@@ -32,6 +33,9 @@ void zero_panel(float* tile, int64_t rows, int64_t stride) {
 
 template <typename W>
 class Forward {
+  static constexpr bool kDigits = std::is_same_v<W, Digits>;
+  static constexpr int64_t kChunk = kDigits ? kDigitChunkRows : kChunkRows;
+
  public:
   explicit Forward(const LstmForward& args) : a(args) {
     total_ = total_rows(a.batch_sizes, a.steps);
@@ -39,17 +43,20 @@ class Forward {
     panels_ = panels_for(a.hidden, kLanes);
     const int64_t batch = a.batch_sizes[0];
     float* scratch = a.scratch;
-    gate_rows_ = save_ ? total_ : chunk_rows(batch);
-    gates_ = a.gates;
-    if (!save_) {
-      gates_ = scratch;
-      scratch += panels_ * gate_rows_ * kPanel;
-    }
+    gate_rows_ = save_ ? total_ : chunk_rows(batch, kChunk);
+    gates_ = save_ ? a.gates : take_floats(scratch, panels_ * gate_rows_ * kPanel);
     if (a.w_hr != nullptr) {
-      projected_ = scratch;
-      step_hidden_ = scratch + batch * padded(a.outputs);
+      projected_ = take_floats(scratch, batch * padded(a.outputs));
+      step_hidden_ = take_floats(scratch, batch * a.hidden);
     }
+    if (kDigits) {
+      input_digits_ = InputDigits(scratch, chunk_rows(batch, kChunk), a.inputs);
+      states_ = StateDigits(scratch, batch, a.outputs, a.h0, false);
+    }
+    scratch_ = scratch - a.scratch;
   }
+
+  int64_t scratch() const { return scratch_; }
 
   int threads() const {
     return useful_threads(a.threads, total_ / a.steps * 4 * a.hidden * a.outputs, panels_);
@@ -59,35 +66,56 @@ class Forward {
     const Range own = share(panels_, thread, threads);
     const Range own_outputs = share(panels_for(a.outputs, kPanel), thread, threads);
     bool back = false;
+    int turn = 0;
+    DigitTiles tiles;
+    if (kDigits) states_.begin(Walk(a.batch_sizes, a.steps, total_, a.reverse), own, thread, threads, barrier);
     const auto base = [&](int64_t low) { return save_ ? 0 : low; };  // the row that gates_ begins with
     const auto inputs = [&](int64_t low, int64_t high) {
+      const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
+      if (kDigits) {
+        input_digits_.put(input.first, share(high - low, thread, threads));
+        barrier.wait();
+        tiles.set_rows(high - low);
+      }
       for (int64_t u = own.begin; u < own.end; ++u) {
         float* gates = gates_ + (u * gate_rows_ + low - base(low)) * kPanel;
         fill_bias(gates, a.bias + u * kPanel, high - low);
-        const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
-        panel_product(input, high - low, panel(a.w_ih, u, a.inputs), a.inputs, gates, kPanel);
+        if constexpr (kDigits)
+          input_digits_.product<4, 3>(high - low, panel(a.w_ih, u, a.inputs), gates);
+        else
+          panel_product(input, high - low, panel(a.w_ih, u, a.inputs), a.inputs, gates, kPanel);
       }
     };
-    walk_in_chunks(a.batch_sizes, a.steps, total_, a.reverse, inputs, [&](const Walk& step, int64_t low) {
+    const auto take = [&](const Walk& step, int64_t low) {
+      tiles.set_rows(kDigits ? step.rows() : 0);
       sweep(own, back, [&](int64_t u) {
-        hidden_panel(step, u, gates_ + (u * gate_rows_ + step.begin - base(low)) * kPanel);
+        hidden_panel(step, u, gates_ + (u * gate_rows_ + step.begin - base(low)) * kPanel, turn);
       });
+      turn ^= 1;
+      if (kDigits) states_.join(turn, step.rows(), step.rows_after(), own);
       barrier.wait();
       if (a.w_hr != nullptr) {
         for (int64_t p = own_outputs.begin; p < own_outputs.end; ++p) project_panel(step, p);
         barrier.wait();
       }
-    });
+    };
+    walk_in_chunks(a.batch_sizes, a.steps, total_, a.reverse, inputs, take, kChunk);
   }
 
  private:
-  static const W* panel(const void* weights, int64_t index, int64_t k) {
-    return static_cast<const W*>(weights) + index * panel_size<W>(k, kPanel);
+  static auto panel(const void* weights, int64_t index, int64_t k) {
+    if constexpr (kDigits)
+      return static_cast<const uint8_t*>(weights) + index * 4 * digit_column_block(k);
+    else
+      return static_cast<const W*>(weights) + index * panel_size<W>(k, kPanel);
   }
 
-  void hidden_panel(const Walk& step, int64_t u, float* gates) {
-    panel_product(state_before(step, a.output, a.h0, a.outputs), step.rows(), panel(a.w_hh, u, a.outputs), a.outputs,
-                  gates, kPanel);
+  void hidden_panel(const Walk& step, int64_t u, float* gates, int turn) {
+    const auto weights = panel(a.w_hh, u, a.outputs);
+    if constexpr (kDigits)
+      states_.product<4, 3>(step, turn, weights, gates);
+    else
+      panel_product(state_before(step, a.output, a.h0, a.outputs), step.rows(), weights, a.outputs, gates, kPanel);
     const int64_t at = u * kLanes, width = a.hidden;
     const int n = lanes_left(width, at);
     // Cell states are in `cells` where they are saved; else c_n holds each row's newest.
@@ -98,7 +126,10 @@ class Forward {
     for (int64_t i = 0; i < step.rows(); ++i) {
       const vf h = update(gates + i * kPanel, c_in[i] + at, c_out + i * width + at, n);
       store_lanes(h_out + i * width + at, h, n);
-      if (i < step.rows_after()) continue;  // the row has a next step
+      if (i < step.rows_after()) {  // the row has a next step
+        if (kDigits) states_.put(turn ^ 1, i, at, h);
+        continue;
+      }
       if (save_) store_lanes(a.c_n + i * width + at, load_lanes(c_out + i * width + at, n), n);
       if (a.w_hr == nullptr) store_lanes(a.h_n + i * width + at, h, n);
     }
@@ -108,8 +139,9 @@ class Forward {
     const int64_t stride = padded(a.outputs), at = p * kPanel;
     const float* hidden = save_ ? a.unprojected + step.begin * a.hidden : step_hidden_;
     zero_panel(projected_ + at, step.rows(), stride);
-    panel_product({hidden, nullptr, step.rows(), a.hidden}, step.rows(), panel(a.w_hr, p, a.hidden), a.hidden,
-                  projected_ + at, stride);
+    if constexpr (!kDigits)
+      panel_product({hidden, nullptr, step.rows(), a.hidden}, step.rows(), panel(a.w_hr, p, a.hidden), a.hidden,
+                    projected_ + at, stride);
     const int64_t bytes = (a.outputs - at < kPanel ? a.outputs - at : kPanel) * static_cast<int64_t>(sizeof(float));
     for (int64_t i = 0; i < step.rows(); ++i) {
       std::memcpy(a.output + (step.begin + i) * a.outputs + at, projected_ + i * stride + at, bytes);
@@ -124,17 +156,25 @@ class Forward {
   float* projected_ = nullptr;    // [B, padded P]
   float* step_hidden_ = nullptr;  // [B, H]: o tanh(c) of the step, with a projection, where it is not saved
   bool save_;
+  InputDigits input_digits_;  // of a chunk
+  StateDigits states_;
+  int64_t scratch_;  // floats in use
 };
 
 class Backward {
  public:
   explicit Backward(const LstmBackward& args) : a(args) {
     total_ = total_rows(a.batch_sizes, a.steps);
+    float* scratch = a.scratch;
     stride_ = padded(a.outputs);
-    carry_ = a.scratch;
+    carry_ = take_floats(scratch, a.batch_sizes[0] * stride_);
     full_stride_ = padded(a.hidden);
-    full_ = a.scratch + a.batch_sizes[0] * stride_;
+    if (a.w_hr != nullptr) full_ = take_floats(scratch, a.batch_sizes[0] * full_stride_);
+    if (a.digits) digits_ = GradientDigits(scratch, a.batch_sizes[0], 4, a.hidden, a.threads);
+    scratch_ = scratch - a.scratch;
   }
+
+  int64_t scratch() const { return scratch_; }
 
   int threads() const {
     return useful_threads(a.threads, total_ / a.steps * 4 * a.hidden * a.outputs, panels_for(a.outputs, kPanel));
@@ -147,6 +187,7 @@ class Backward {
     const Range hidden = share(panels_for(a.hidden, kPanel), thread, threads);
     const int64_t batch = a.batch_sizes[0];
     bool back = false;
+    DigitTiles tiles;
     copy_columns(outputs, batch, a.outputs, a.grad_h_n, a.outputs, carry_, stride_);
     copy_columns(hidden, batch, a.hidden, a.grad_c_n, a.hidden, a.grad_c0, a.hidden);
     for (Walk step(a.batch_sizes, a.steps, total_, !a.reverse); !step.done(); step.advance()) {
@@ -156,11 +197,21 @@ class Backward {
         for (int64_t p = hidden.begin; p < hidden.end; ++p) full_panel(step, p);
       }
       gates(step, hidden);
+      const int64_t k = 4 * a.hidden;
+      const float* const grads = a.grad_gates + step.begin * k;
+      if (a.digits) {
+        digits_.put(grads, step.rows(), {hidden.begin * kPanel, hidden.end * kPanel}, thread, threads, barrier);
+        tiles.set_rows(step.rows());
+      }
       barrier.wait();
       sweep(outputs, back, [&](int64_t p) {
         zero_panel(carry_ + p * kPanel, step.rows(), stride_);
-        panel_product({a.grad_gates + step.begin * 4 * a.hidden, nullptr, step.rows(), 4 * a.hidden}, step.rows(),
-                      a.w_hh + p * 4 * a.hidden * kPanel, 4 * a.hidden, carry_ + p * kPanel, stride_);
+        if (a.digits)
+          digits_.product(step.rows(), static_cast<const uint8_t*>(a.w_hh) + p * digits_.panel_bytes(), thread,
+                          carry_ + p * kPanel, stride_);
+        else
+          panel_product({grads, nullptr, step.rows(), k}, step.rows(),
+                        static_cast<const float*>(a.w_hh) + p * k * kPanel, k, carry_ + p * kPanel, stride_);
       });
     }
     copy_columns(outputs, batch, a.outputs, carry_, stride_, a.grad_h0, a.outputs);
@@ -232,26 +283,28 @@ class Backward {
   const LstmBackward& a;
   int64_t total_;
   float* carry_;  // [B, stride]: dh, its columns padded
-  float* full_;   // [B, full_stride]: with a projection, the gradient of o tanh(c)
-  int64_t stride_, full_stride_;
+  float* full_ = nullptr;  // [B, full_stride]: with a projection, the gradient of o tanh(c)
+  int64_t stride_, full_stride_, scratch_;
+  GradientDigits digits_;
 };
 
 }  // namespace
 
-int64_t lstm_forward_scratch(int64_t batch, int64_t hidden, int64_t outputs, bool project, bool save) {
-  const int64_t gates = save ? 0 : panels_for(hidden, kLanes) * chunk_rows(batch) * kPanel;
-  return gates + (project ? batch * (padded(outputs) + hidden) : 0);
+template <typename Run>
+static auto with_weights(const LstmForward& args, const Run& run) {
+  return args.digits ? run(Forward<Digits>(args)) : args.bfloat ? run(Forward<uint16_t>(args)) : run(Forward<float>(args));
 }
 
-int64_t lstm_backward_scratch(int64_t batch, int64_t hidden, int64_t outputs, bool project) {
-  return batch * (padded(outputs) + (project ? padded(hidden) : 0));
+int64_t lstm_forward_scratch(const LstmForward& args) {
+  return with_weights(args, [](auto&& layer) { return layer.scratch(); });
 }
+
+int64_t lstm_backward_scratch(const LstmBackward& args) { return Backward(args).scratch(); }
 
 void lstm_forward(const LstmForward& args) {
-  const auto run = [](auto&& layer) {
+  with_weights(args, [](auto&& layer) {
     parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
-  };
-  args.bfloat ? run(Forward<uint16_t>(args)) : run(Forward<float>(args));
+  });
 }
 
 void lstm_backward(const LstmBackward& args) {

@@ -21,7 +21,7 @@ FASTLM_INLINE int useful_threads(int threads, int64_t work, int64_t panels) {
 }
 
 FASTLM_INLINE int64_t padded(int64_t columns) { return panels_for(columns, kPanel) * kPanel; }
-FASTLM_INLINE int64_t chunk_rows(int64_t batch) { return batch > kChunkRows ? batch : kChunkRows; }
+FASTLM_INLINE int64_t chunk_rows(int64_t batch, int64_t chunk = kChunkRows) { return batch > chunk ? batch : chunk; }
 
 FASTLM_INLINE int64_t total_rows(const int64_t* batch_sizes, int64_t steps) {
   int64_t rows = 0;
@@ -105,12 +105,12 @@ static inline void copy_columns(Range own, int64_t rows, int64_t columns, const 
 // for each of those.
 template <typename Inputs, typename Step>
 FASTLM_INLINE void walk_in_chunks(const int64_t* batch_sizes, int64_t steps, int64_t total, bool reverse,
-                                  const Inputs& inputs, const Step& step) {
+                                  const Inputs& inputs, const Step& step, int64_t chunk = kChunkRows) {
   Walk ahead(batch_sizes, steps, total, reverse);
   Walk at = ahead;
   while (!at.done()) {
     int64_t low = at.begin, high = at.begin + at.rows();  // of the chunk: the steps up to `ahead`
-    for (ahead.advance(); !ahead.done() && high - low + ahead.rows() <= kChunkRows; ahead.advance()) {
+    for (ahead.advance(); !ahead.done() && high - low + ahead.rows() <= chunk; ahead.advance()) {
       if (ahead.begin < low) low = ahead.begin;
       if (ahead.begin + ahead.rows() > high) high = ahead.begin + ahead.rows();
     }

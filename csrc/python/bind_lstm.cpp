@@ -42,6 +42,16 @@ void pack(address source, int64_t k, int64_t n, int64_t stride_k, int64_t stride
   pack_panels({pointer<const void>(source), k, n, stride_k, stride_n, gates, pointer<void>(packed), threads, bfloat});
 }
 
+void pack_as_digits(address source, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n, int64_t gates,
+                    int64_t k_groups, address packed, int threads) {
+  check(gates == 0 || gates == 3 || gates == 4, "pack_digits: gates must be 0, 3 or 4");
+  check(k >= 1 && n >= 1 && (gates == 0 || n % gates == 0), "pack_digits: k and n must be positive, and n that many gates");
+  check(k_groups >= 1 && k % k_groups == 0, "pack_digits: k must be that many groups");
+  check(digit_tiles(), "pack_digits: this processor, or this level, has no tiles of int8");
+  py::gil_scoped_release unlocked;
+  pack_digits({pointer<const float>(source), k, n, stride_k, stride_n, gates, k_groups, pointer<void>(packed), threads});
+}
+
 // A few values spread over each of some float arrays, to tell whether they are still what was packed, and for this
 // instruction-set level. `unchanged` may be called only while the arrays are known to be where they were.
 class Samples {
@@ -69,36 +79,41 @@ class Samples {
 void forward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t inputs, int64_t hidden,
              int64_t outputs, bool reverse, bool bfloat, address input, address w_ih, address w_hh, address bias,
              address w_hr, address h0, address c0, address output, address h_n, address c_n, address gates,
-             address cells, address unprojected, address scratch, int threads) {
+             address cells, address unprojected, int threads, bool digits) {
   refuse_recording("lstm_forward");
   check_batch_sizes(batch_sizes, rows, batch);
   check(inputs >= 1 && hidden >= 1 && outputs >= 1, "lstm: sizes must be positive");
   check(w_hr != 0 || outputs == hidden, "lstm: outputs differ from hidden units, but there is no projection");
+  check(!digits || (w_hr == 0 && !bfloat && digit_tiles()), "lstm_forward: these weights cannot come as digits");
+  LstmForward args = {static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden, outputs,
+                      pointer<const float>(input), bfloat, pointer<const void>(w_ih), pointer<const void>(w_hh),
+                      pointer<const float>(bias), pointer<const void>(w_hr), pointer<const float>(h0),
+                      pointer<const float>(c0), reverse, pointer<float>(output), pointer<float>(h_n),
+                      pointer<float>(c_n), pointer<float>(gates), pointer<float>(cells), pointer<float>(unprojected),
+                      nullptr, threads, digits};
+  args.scratch = static_cast<float*>(scratch(lstm_forward_scratch(args) * sizeof(float)));
   py::gil_scoped_release unlocked;
-  lstm_forward({static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden, outputs,
-                pointer<const float>(input), bfloat, pointer<const void>(w_ih), pointer<const void>(w_hh),
-                pointer<const float>(bias), pointer<const void>(w_hr), pointer<const float>(h0),
-                pointer<const float>(c0), reverse, pointer<float>(output), pointer<float>(h_n), pointer<float>(c_n),
-                pointer<float>(gates), pointer<float>(cells), pointer<float>(unprojected), pointer<float>(scratch),
-                threads});
+  lstm_forward(args);
 }
 
 void backward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t hidden, int64_t outputs,
               bool reverse, address w_hh, address w_hr, address h0, address c0, address output, address gates,
               address cells, address grad_output, address grad_h_n, address grad_c_n, address grad_gates,
-              address grad_projected, address previous, address grad_h0, address grad_c0, address scratch,
-              int threads) {
+              address grad_projected, address previous, address grad_h0, address grad_c0, int threads, bool digits) {
   refuse_recording("lstm_backward");
   check_batch_sizes(batch_sizes, rows, batch);
   check(hidden >= 1 && outputs >= 1, "lstm: sizes must be positive");
+  check(!digits || (w_hr == 0 && digit_tiles()), "lstm_backward: the weight cannot come as digits");
+  LstmBackward args = {static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), hidden, outputs,
+                       pointer<const void>(w_hh), pointer<const float>(w_hr), pointer<const float>(h0),
+                       pointer<const float>(c0), reverse, pointer<const float>(output), pointer<const float>(gates),
+                       pointer<const float>(cells), pointer<const float>(grad_output), pointer<const float>(grad_h_n),
+                       pointer<const float>(grad_c_n), pointer<float>(grad_gates), pointer<float>(grad_projected),
+                       pointer<float>(previous), pointer<float>(grad_h0), pointer<float>(grad_c0), nullptr, threads,
+                       digits};
+  args.scratch = static_cast<float*>(scratch(lstm_backward_scratch(args) * sizeof(float)));
   py::gil_scoped_release unlocked;
-  lstm_backward({static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), hidden, outputs,
-                 pointer<const float>(w_hh), pointer<const float>(w_hr), pointer<const float>(h0),
-                 pointer<const float>(c0), reverse, pointer<const float>(output), pointer<const float>(gates),
-                 pointer<const float>(cells), pointer<const float>(grad_output), pointer<const float>(grad_h_n),
-                 pointer<const float>(grad_c_n), pointer<float>(grad_gates), pointer<float>(grad_projected),
-                 pointer<float>(previous), pointer<float>(grad_h0), pointer<float>(grad_c0), pointer<float>(scratch),
-                 threads});
+  lstm_backward(args);
 }
 
 void cell(int64_t batch, int64_t inputs, int64_t hidden, bool bfloat, address input, address h, address c,
@@ -238,10 +253,11 @@ void bind_lstm(py::module_& m) {
       .def(py::init<const std::vector<std::pair<address, int64_t>>&>())
       .def("unchanged", &Samples::unchanged);
   m.def("packed_size", &packed_size);
+  m.def("digit_tiles", &digit_tiles);
+  m.def("pack_digits", &pack_as_digits);
+  m.def("packed_digits_size", &packed_digits_size);
   m.def("lstm_forward", &forward);
-  m.def("lstm_forward_scratch", &lstm_forward_scratch);
   m.def("lstm_backward", &backward);
-  m.def("lstm_backward_scratch", &lstm_backward_scratch);
   m.def("lstm_cell", &cell);
   m.def("variant_forward", &run_variant_forward);
   m.def("variant_backward", &run_variant_backward);

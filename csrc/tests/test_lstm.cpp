@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -114,11 +115,31 @@ Floats packed(const Floats& source, int64_t k, int64_t n, int64_t stride_k, int6
   return out;
 }
 
+// 64-byte aligned, of exactly the size given.
+struct Aligned {
+  explicit Aligned(int64_t bytes) : size(bytes), data(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) {
+    std::memset(data, 0xff, bytes);
+  }
+  Aligned(Aligned&& other) noexcept : size(other.size), data(other.data) { other.data = nullptr; }
+  ~Aligned() { std::free(data); }
+  int64_t size;
+  void* data;
+};
+
+Aligned scratch_floats(int64_t n) { return Aligned(n * static_cast<int64_t>(sizeof(float))); }
+
+Aligned digits(const Floats& source, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n, int64_t gates,
+               int64_t groups) {
+  Aligned out(fastlm::packed_digits_size(k, n, gates, groups));
+  fastlm::pack_digits({source.data(), k, n, stride_k, stride_n, gates, groups, out.data, 2});
+  return out;
+}
+
 struct Native {
   Floats output, h_n, c_n, gates, cells, unprojected;
 };
 
-Native forward(const Layer& l, bool save, int threads) {
+Native forward(const Layer& l, bool save, int threads, bool in_digits = false) {
   const int64_t H = l.hidden, P = l.outputs(), N = l.rows(), lanes = fastlm::simd_lanes();
   const bool project = l.projected != 0;
   Native n{unwritten(N * P), unwritten(l.batch() * P), unwritten(l.batch() * H), {}, {}, {}};
@@ -130,12 +151,16 @@ Native forward(const Layer& l, bool save, int threads) {
   const Floats w_ih = packed(l.w_ih, l.inputs, 4 * H, 1, l.inputs, 4), w_hh = packed(l.w_hh, P, 4 * H, 1, P, 4),
                bias = packed(l.bias, 1, 4 * H, 0, 1, 4);
   const Floats w_hr = project ? packed(l.w_hr, H, P, 1, H, 0) : Floats();
-  Floats scratch = unwritten(fastlm::lstm_forward_scratch(l.batch(), H, P, project, save));
-  fastlm::lstm_forward({l.steps(), l.batch_sizes.data(), l.inputs, H, P, l.input.data(), false, w_ih.data(),
-                        w_hh.data(), bias.data(), project ? w_hr.data() : nullptr, l.h0.data(), l.c0.data(), l.reverse,
-                        n.output.data(), n.h_n.data(), n.c_n.data(), save ? n.gates.data() : nullptr,
-                        save ? n.cells.data() : nullptr, save && project ? n.unprojected.data() : nullptr,
-                        scratch.data(), threads});
+  const Aligned ih = in_digits ? digits(l.w_ih, l.inputs, 4 * H, 1, l.inputs, 4, 1) : Aligned(0);
+  const Aligned hh = in_digits ? digits(l.w_hh, P, 4 * H, 1, P, 4, 1) : Aligned(0);
+  fastlm::LstmForward args = {
+      l.steps(), l.batch_sizes.data(), l.inputs, H, P, l.input.data(), false, in_digits ? ih.data : w_ih.data(),
+      in_digits ? hh.data : w_hh.data(), bias.data(), project ? w_hr.data() : nullptr, l.h0.data(), l.c0.data(),
+      l.reverse, n.output.data(), n.h_n.data(), n.c_n.data(), save ? n.gates.data() : nullptr,
+      save ? n.cells.data() : nullptr, save && project ? n.unprojected.data() : nullptr, nullptr, threads, in_digits};
+  const Aligned scratch = scratch_floats(fastlm::lstm_forward_scratch(args));
+  args.scratch = static_cast<float*>(scratch.data);
+  fastlm::lstm_forward(args);
   return n;
 }
 
@@ -153,14 +178,14 @@ double distance(const Floats& a, const Doubles& b) {
 
 bool same(const Floats& a, const Floats& b) { return a == b; }
 
-void forward_is_right(const Layer& l) {
+void forward_is_right(const Layer& l, bool in_digits = false) {
   const Results want = exact(l, no_terms(l));
-  const Native one = forward(l, true, 1);
+  const Native one = forward(l, true, 1, in_digits);
   CHECK(distance(one.output, want.output) < 2e-6);
   CHECK(distance(one.h_n, want.h_n) < 2e-6);
   CHECK(distance(one.c_n, want.c_n) < 4e-6);
   for (int threads : {1, 2, 5}) {
-    const Native other = forward(l, false, threads);
+    const Native other = forward(l, false, threads, in_digits);
     CHECK(same(one.output, other.output) && same(one.h_n, other.h_n) && same(one.c_n, other.c_n));
   }
 }
@@ -171,22 +196,25 @@ double dot(const Floats& a, const Doubles& b) {
   return sum;
 }
 
-void backward_is_right(const Layer& l) {
+void backward_is_right(const Layer& l, bool in_digits = false) {
   const int64_t H = l.hidden, P = l.outputs(), N = l.rows(), B = l.batch();
   const bool project = l.projected != 0;
   Random next;
   const Floats g_output = random(next, N * P), g_h = random(next, B * P), g_c = random(next, B * H);
-  const Native saved = forward(l, true, 2);
+  const Native saved = forward(l, true, 2, in_digits);
   const Floats w_hh = packed(l.w_hh, 4 * H, P, P, 1, 0);
   const Floats w_hr = project ? packed(l.w_hr, P, H, H, 1, 0) : Floats();
   Floats grad_gates = unwritten(N * 4 * H), grad_h = unwritten(project ? N * P : 0), previous = unwritten(N * P),
-         grad_h0 = unwritten(B * P), grad_c0 = unwritten(B * H),
-         scratch = unwritten(fastlm::lstm_backward_scratch(B, H, P, project));
-  fastlm::lstm_backward({l.steps(), l.batch_sizes.data(), H, P, w_hh.data(), project ? w_hr.data() : nullptr,
-                         l.h0.data(), l.c0.data(), l.reverse, saved.output.data(), saved.gates.data(),
-                         saved.cells.data(), g_output.data(), g_h.data(), g_c.data(), grad_gates.data(),
-                         project ? grad_h.data() : nullptr, previous.data(), grad_h0.data(), grad_c0.data(),
-                         scratch.data(), 2});
+         grad_h0 = unwritten(B * P), grad_c0 = unwritten(B * H);
+  const Aligned columns = in_digits ? digits(l.w_hh, 4 * H, P, P, 1, 0, 4) : Aligned(0);
+  fastlm::LstmBackward args = {
+      l.steps(), l.batch_sizes.data(), H, P, in_digits ? columns.data : w_hh.data(), project ? w_hr.data() : nullptr,
+      l.h0.data(), l.c0.data(), l.reverse, saved.output.data(), saved.gates.data(), saved.cells.data(), g_output.data(),
+      g_h.data(), g_c.data(), grad_gates.data(), project ? grad_h.data() : nullptr, previous.data(), grad_h0.data(),
+      grad_c0.data(), nullptr, 2, in_digits};
+  const Aligned scratch = scratch_floats(fastlm::lstm_backward_scratch(args));
+  args.scratch = static_cast<float*>(scratch.data);
+  fastlm::lstm_backward(args);
 
   Terms terms = no_terms(l);
   const auto differences = [&](Doubles& variable) {
@@ -231,6 +259,39 @@ FASTLM_TEST(lstm_backward_agrees_with_differences) {
     backward_is_right(make_layer(2, 1, 0, {1}, reverse));
     backward_is_right(make_layer(3, 18, 0, kRagged, reverse));
     backward_is_right(make_layer(3, 19, 6, kRagged, reverse));
+  }
+}
+
+FASTLM_TEST(lstm_in_digits_agrees_with_double) {
+  if (!fastlm::digit_tiles()) return;
+  for (bool reverse : {false, true}) {
+    forward_is_right(make_layer(3, 1, 0, {2, 1}, reverse), true);
+    forward_is_right(make_layer(7, 17, 0, kRagged, reverse), true);
+    forward_is_right(make_layer(70, 130, 0, {20, 17, 16, 5}, reverse), true);
+    forward_is_right(make_layer(5, 64, 0, std::vector<int64_t>(90, 8), reverse), true);    // more than a chunk of steps
+    forward_is_right(make_layer(140, 48, 0, std::vector<int64_t>(2, 270), reverse), true);  // of rows
+    backward_is_right(make_layer(3, 18, 0, kRagged, reverse), true);
+    backward_is_right(make_layer(2, 1, 0, {17, 17}, reverse), true);
+  }
+}
+
+// A state's NaN or infinity is met by integers: the row has to know of it, and no other row may.
+FASTLM_TEST(lstm_in_digits_keeps_nan_in_its_row) {
+  if (!fastlm::digit_tiles()) return;
+  const Layer clean = make_layer(9, 40, 0, std::vector<int64_t>(4, 18), false);
+  const Native want = forward(clean, false, 2, true);
+  for (int where = 0; where < 3; ++where) {
+    Layer l = clean;
+    (where == 0 ? l.h0 : where == 1 ? l.c0 : l.input)[17 * (where == 2 ? 9 : 40) + 3] = where == 0 ? INFINITY : NAN;
+    const Native found = forward(l, false, 2, true);
+    for (int64_t row = 0; row < l.rows(); ++row)
+      for (int64_t j = 0; j < 40; ++j) {
+        const float value = found.output[row * 40 + j];
+        if (row % 18 != 17)
+          CHECK(value == want.output[row * 40 + j]);
+        else if (row > 18 || where != 1)
+          CHECK(std::isnan(value));
+      }
   }
 }
 

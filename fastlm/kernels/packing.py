@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastlm.kernels import native
 
-__all__ = ["cached", "clear", "find", "pack"]
+__all__ = ["cached", "clear", "digit_tiles", "find", "pack", "pack_digits"]
 
 T = TypeVar("T")
 
@@ -39,6 +39,27 @@ def pack(matrix: Tensor, *, gates: int = 0) -> Tensor:
     stride_k, stride_n = matrix.stride()
     addresses = matrix.data_ptr(), k, n, stride_k, stride_n, gates, packed.data_ptr()
     module.pack_panels(*addresses, native.num_threads(), bfloat)
+    return packed
+
+
+def digit_tiles() -> bool:
+    """Whether `pack_digits`, and the products for which it packs, run on this processor at the level in use."""
+    return native.CPU.module is not None and bool(native.CPU.module.digit_tiles())
+
+
+def pack_digits(matrix: Tensor, *, gates: int = 0, k_groups: int = 1) -> Tensor:
+    """Packs a float32 matrix [k, n] of any strides as three digits a number (csrc/cpu/digits.h).
+
+    Args:
+        matrix, gates: as for `pack`.
+        k_groups: k is that many groups of rows, of which each is filled up to a multiple of 16.
+    """
+    module = native.CPU.require()
+    k, n = matrix.shape
+    packed = native.empty(-(-module.packed_digits_size(k, n, gates, k_groups) // 4))
+    module.pack_digits(
+        matrix.data_ptr(), k, n, *matrix.stride(), gates, k_groups, packed.data_ptr(), native.num_threads()
+    )
     return packed
 
 

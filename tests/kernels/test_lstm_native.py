@@ -113,6 +113,8 @@ SHAPES = [
     (64, 64, 0, [2] * 150),  # more than one chunk of steps
     (20, 33, 7, RAGGED),
     (30, 64, 40, [9] * 4),
+    (70, 90, 0, [20, 20, 17, 16, 9, 8, 7, 1]),  # in digits, where there are tiles
+    (130, 64, 0, [300] * 2),  # more rows than a chunk of those
 ]
 
 
@@ -135,7 +137,7 @@ def test_agrees_with_torch_without_bias(isa: str) -> None:
     st.integers(1, 40),
     st.integers(2, 40),
     st.integers(0, 20),
-    st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    st.lists(st.integers(1, 9) | st.integers(8, 20), min_size=1, max_size=8),
     st.booleans(),
     st.integers(0, 2**31),
 )
@@ -147,29 +149,45 @@ def test_any_shape(inputs: int, hidden: int, projected: int, sizes: list[int], r
     case.check(case.native(), floor=1e-5, least=0.1)
 
 
+# Of several steps, eight rows and more are multiplied in digits where there are tiles: other bits than fewer rows'.
+@pytest.mark.parametrize(
+    ("batch", "parts"), [(7, [(0, 1), (4, 6), (1, 7)]), (lstm.DIGIT_ROWS + 13, [(0, 8), (4, 13), (3, 20)])]
+)
 @pytest.mark.parametrize("projected", [0, 24])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_bits_do_not_depend_on_batch_threads_or_saving(isa: str, reverse: bool, projected: int) -> None:
-    case = Case(70, 200, projected, [13] * 20, reverse=reverse)
+def test_bits_do_not_depend_on_batch_threads_or_saving(
+    isa: str, reverse: bool, projected: int, batch: int, parts: list[tuple[int, int]]
+) -> None:
+    case = Case(70, 200, projected, [batch] * 20, reverse=reverse)
     whole = case.native()
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             again = case.native()
-            for name in NAMES[:3]:
+            for name in (*NAMES[:3], "h0", "c0"):
                 assert torch.equal(again[name], whole[name]), (threads, name)
             inference = case.native(save=False)
             for name in NAMES[:3]:
                 assert torch.equal(inference[name], whole[name]), (threads, name)
     finally:
         torch.set_num_threads(before)
-    for rows in (slice(0, 1), slice(4, 6), slice(5, 12)):
+    for rows in (slice(*part) for part in parts):
         part = case.native(rows)
-        steps = whole["output"].view(20, 13, -1)[:, rows].flatten(0, 1)
+        steps = whole["output"].view(20, batch, -1)[:, rows].flatten(0, 1)
         assert torch.equal(part["output"], steps)
         for name in ("h_n", "c_n", "h0", "c0"):
             assert torch.equal(part[name], whole[name][rows]), name
+
+
+def test_a_rows_bits_do_not_depend_on_the_others_lengths(isa: str) -> None:
+    """The last row that goes on is multiplied as it was beside all the others."""
+    case = Case(24, 80, 0, [9] * 12, reverse=False)
+    whole = case.native(save=False)["output"].view(12, 9, -1)
+    sizes = [9, 9, 8, 4, 4, 1, 1, 1, 1, 1, 1, 1]
+    rows = torch.cat([torch.arange(size) + 9 * step for step, size in enumerate(sizes)])
+    output, *_ = lstm.layer_forward(case.input[rows], sizes, *case.weights, case.h0, case.c0, False, False)
+    assert torch.equal(output, whole.flatten(0, 1)[rows])
 
 
 def test_gradients_are_deterministic(isa: str) -> None:
@@ -182,13 +200,17 @@ def test_gradients_are_deterministic(isa: str) -> None:
 @pytest.mark.parametrize("hidden", [33, 256])
 def test_cell_gives_the_bits_of_the_layer(isa: str, batch: int, hidden: int) -> None:
     case = Case(140, hidden, 0, [batch] * 3, reverse=False)
-    output, h_n, c_n, _ = lstm.layer_forward(case.input, [batch] * 3, *case.weights, case.h0, case.c0, False, False)
     h, c = case.h0, case.c0
-    for step in range(3):
-        h, c = lstm.cell(case.input.view(3, batch, -1)[step], h, c, *case.weights[:4])
-        assert torch.equal(h, output.view(3, batch, -1)[step])
-    assert torch.equal(h, h_n)
-    assert torch.equal(c, c_n)
+    for x in case.input.view(3, batch, -1):
+        output, h_n, c_n, _ = lstm.layer_forward(x, [batch], *case.weights, h, c, False, False)
+        h, c = lstm.cell(x, h, c, *case.weights[:4])
+        assert torch.equal(h, output)
+        assert torch.equal(h, h_n)
+        assert torch.equal(c, c_n)
+    if batch < lstm.DIGIT_ROWS:  # several steps at once, too
+        _, h_n, c_n, _ = lstm.layer_forward(case.input, [batch] * 3, *case.weights, case.h0, case.c0, False, False)
+        assert torch.equal(h, h_n)
+        assert torch.equal(c, c_n)
 
 
 def test_a_sequence_in_pieces_gives_the_same_bits(isa: str) -> None:
@@ -232,11 +254,12 @@ def test_missing_gradients_are_zero(isa: str) -> None:
             assert ours is None or torch.equal(ours, expected)
 
 
-def test_nan_stays_in_its_row(isa: str) -> None:
-    case = Case(8, 24, 0, [4] * 5, reverse=False)
-    clean = case.native(save=False)["output"].view(5, 4, -1)
-    case.input[9] = float("nan")  # sequence 1, step 2
-    output = case.native(save=False)["output"].view(5, 4, -1)
+@pytest.mark.parametrize("batch", [4, 18])
+def test_nan_stays_in_its_row(isa: str, batch: int) -> None:
+    case = Case(8, 24, 0, [batch] * 5, reverse=False)
+    clean = case.native(save=False)["output"].view(5, batch, -1)
+    case.input[2 * batch + 1] = float("nan")  # sequence 1, step 2
+    output = case.native(save=False)["output"].view(5, batch, -1)
     assert output[2:, 1].isnan().all()
     output[2:, 1] = clean[2:, 1]
     assert torch.equal(output, clean)

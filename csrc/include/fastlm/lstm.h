@@ -35,17 +35,19 @@ struct LstmForward {
   float* gates;
   float* cells;
   float* unprojected;
-  float* scratch;  // lstm_forward_scratch(...) floats
+  float* scratch;  // lstm_forward_scratch(args) floats, aligned to 64 bytes
   int threads;
+  // w_ih and w_hh come as digits (pack_digits; digit_tiles() alone), without a projection. Other bits than with floats.
+  bool digits = false;
 };
 void lstm_forward(const LstmForward& args);
-int64_t lstm_forward_scratch(int64_t batch, int64_t hidden, int64_t outputs, bool project, bool save);
+int64_t lstm_forward_scratch(const LstmForward& args);  // of addresses, looks at those of batch_sizes, gates and w_hr
 
 struct LstmBackward {
   int64_t steps;
   const int64_t* batch_sizes;
   int64_t hidden, outputs;
-  const float* w_hh;  // [4H, P] packed as it is (k = 4H, n = P)
+  const void* w_hh;   // [4H, P] packed as it is (k = 4H, n = P); as digits, with 4 groups of k
   const float* w_hr;  // [P, H] packed as it is (k = P, n = H), or null
   const float* h0;    // as in the forward pass, from here to unprojected
   const float* c0;
@@ -61,11 +63,12 @@ struct LstmBackward {
   float* previous;           // [N, P] out: h before each row's step, for the gradient of W_hh; or null
   float* grad_h0;            // [B, P] out
   float* grad_c0;            // [B, H] out
-  float* scratch;            // lstm_backward_scratch(...) floats
+  float* scratch;            // lstm_backward_scratch(args) floats, aligned to 64 bytes
   int threads;
+  bool digits = false;  // w_hh comes as digits, without a projection
 };
 void lstm_backward(const LstmBackward& args);
-int64_t lstm_backward_scratch(int64_t batch, int64_t hidden, int64_t outputs, bool project);
+int64_t lstm_backward_scratch(const LstmBackward& args);  // of addresses, looks at those of batch_sizes and w_hr
 
 // One step of a batch, without projection. Gives the same bits as lstm_forward.
 struct LstmCell {

@@ -22,4 +22,20 @@ void pack_panels(const PackPanels& args);
 // of bfloat16, k made even.
 int64_t packed_size(int64_t k, int64_t n, int64_t gates, bool bfloat = false);
 
+// Whether this processor multiplies tiles of int8 and the operating system lets this process do it, at the level in use.
+bool digit_tiles();
+
+// Packs floats for products in digits (see cpu/digits.h); where digit_tiles() alone. Fields as in PackPanels.
+struct PackDigits {
+  const float* source;
+  int64_t k, n;
+  int64_t stride_k, stride_n;
+  int64_t gates;     // of n, as in PackPanels
+  int64_t k_groups;  // k counts so many groups of rows, each filled up to a multiple of 16; 1: none
+  void* packed;      // out: packed_digits_size(k, n, gates, k_groups) bytes, aligned to 64
+  int threads;
+};
+void pack_digits(const PackDigits& args);
+int64_t packed_digits_size(int64_t k, int64_t n, int64_t gates, int64_t k_groups);
+
 }  // namespace fastlm

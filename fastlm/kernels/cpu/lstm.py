@@ -6,22 +6,27 @@ Everything is float32 on the CPU, but the weights may be bfloat16; tensors need 
 g, o, as in torch.
 
 The forward pass is ours throughout, input projection included, so that a row's result never depends on the other
-rows, the length of the sequence or the thread count. Of the gradients the recurrence is ours; those of the weights
-and of the input are one matrix product each over all steps, which torch's sgemm does as well as can be done.
+rows, the length of the sequence or the thread count; but see `in_digits`. Of the gradients the recurrence is ours;
+those of the weights and of the input are one matrix product each over all steps, which torch's sgemm does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.packing import cached, find, pack
+from fastlm.kernels.packing import cached, digit_tiles, find, pack, pack_digits
 
 __all__ = ["Gradients", "Saved", "cell", "layer_backward", "layer_forward", "pack_layer", "prepared_cell"]
+
+
+DIGIT_ROWS = 8
+"""Rows of a sequence's first step from which digits are quicker than floats."""
 
 
 class _Packed(NamedTuple):
@@ -58,10 +63,14 @@ class Gradients(NamedTuple):
     c0: Tensor | None
 
 
-def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None) -> _Packed:
+def _pack_biases(w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
     biases = [bias.detach().float() for bias in (b_ih, b_hh) if bias is not None]
     total = sum(biases[1:], biases[0]) if biases else w_ih.new_zeros(w_ih.shape[0], dtype=torch.float32)
-    shared = pack(w_ih.t(), gates=4), pack(w_hh.t(), gates=4), pack(total[None], gates=4)
+    return pack(total[None], gates=4)
+
+
+def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None) -> _Packed:
+    shared = pack(w_ih.t(), gates=4), pack(w_hh.t(), gates=4), _pack_biases(w_ih, b_ih, b_hh)
     projection = None if w_hr is None else pack(w_hr.t())
     rows, inputs = w_ih.shape
     ih, hh, bias = (tensor.data_ptr() for tensor in shared)
@@ -70,6 +79,36 @@ def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, 
 
 def _pack_wide(*tensors: Tensor | None) -> _Packed:
     return _pack(*(None if t is None else t.detach().float() for t in tensors))  # type: ignore[arg-type]
+
+
+def _pack_digits(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> _Packed:
+    floats = _pack_biases(w_ih, b_ih, b_hh)
+    shared = pack_digits(w_ih.t(), gates=4), pack_digits(w_hh.t(), gates=4), floats
+    ih, hh, bias = (tensor.data_ptr() for tensor in shared)
+    return _Packed(*shared, None, w_ih.shape[1], w_ih.shape[0] // 4, (ih, hh, bias), False)
+
+
+def in_digits(batch_sizes: Sequence[int], *weights: Tensor | None) -> bool:
+    """Whether a sequence's products with W_ih and W_hh are those of csrc/cpu/digits.h, on tiles of int8.
+
+    A row's result in digits and in floats differ in their last bits, so this is for the call as a whole: whatever the
+    sequences' lengths, and as much for the last row left as for the first. Single steps and fewer rows, as in
+    generation, are always floats.
+    """
+    return (
+        len(batch_sizes) > 1
+        and batch_sizes[0] >= DIGIT_ROWS
+        and digit_tiles()
+        and all(weight is None or weight.dtype is torch.float32 for weight in weights)
+    )
+
+
+def columns_in_digits(gates: int) -> Callable[[Tensor], Tensor]:
+    """`pack_columns` for gradients as digits, of so many gates."""
+    return _COLUMNS_IN_DIGITS[gates]
+
+
+_COLUMNS_IN_DIGITS = {gates: partial(pack_digits, k_groups=gates) for gates in (1, 3, 4)}
 
 
 def pack_columns(weight: Tensor) -> Tensor:
@@ -123,7 +162,9 @@ def layer_forward(
     rows, inputs = input.shape
     batch, outputs = h0.shape
     hidden = c0.shape[1]
-    packed = pack_layer(w_ih, w_hh, b_ih, b_hh, w_hr)
+    digits = w_hr is None and in_digits(batch_sizes, w_ih, w_hh)
+    biased = (w_ih, w_hh, b_ih, b_hh)
+    packed = cached("lstm digits", biased, _pack_digits) if digits else pack_layer(*biased, w_hr)
     input, h0, c0 = input.contiguous(), h0.contiguous(), c0.contiguous()
     output, h_n, c_n = native.empty(rows, outputs), torch.empty_like(h0), torch.empty_like(c0)
     gates = cells = unprojected = None
@@ -132,7 +173,6 @@ def layer_forward(
         gates = native.empty(-(-hidden // lanes), rows, 4, lanes)
         cells = native.empty(rows, hidden)
         unprojected = None if w_hr is None else native.empty(rows, hidden)
-    scratch = input.new_empty(module.lstm_forward_scratch(batch, hidden, outputs, w_hr is not None, save))
     module.lstm_forward(
         batch_sizes,
         rows,
@@ -155,8 +195,8 @@ def layer_forward(
         native.address(gates),
         native.address(cells),
         native.address(unprojected),
-        scratch.data_ptr(),
         native.num_threads(),
+        digits,
     )
     if not save:
         return output, h_n, c_n, None
@@ -187,14 +227,18 @@ def layer_backward(
     rows = input.shape[0]
     batch, outputs = h0.shape
     hidden = c0.shape[1]
-    columns = cached("columns", (w_hh,), pack_columns)
+    digits = w_hr is None and in_digits(saved.batch_sizes, w_hh)
+    columns = (
+        cached("columns of digits", (w_hh,), columns_in_digits(4))
+        if digits
+        else cached("columns", (w_hh,), pack_columns)
+    )
     projection = None if w_hr is None else cached("columns", (w_hr,), pack_columns)
     grads = [None if grad is None else grad.contiguous() for grad in (grad_output, grad_h_n, grad_c_n)]
     grad_gates = native.empty(rows, 4 * hidden)
     grad_projected = None if w_hr is None else native.empty(rows, outputs)
     previous = native.empty(rows, outputs) if needs[2] else None
     grad_h0, grad_c0 = torch.empty_like(h0), torch.empty_like(c0)
-    scratch = input.new_empty(module.lstm_backward_scratch(batch, hidden, outputs, w_hr is not None))
     module.lstm_backward(
         saved.batch_sizes,
         rows,
@@ -217,8 +261,8 @@ def layer_backward(
         native.address(previous),
         grad_h0.data_ptr(),
         grad_c0.data_ptr(),
-        scratch.data_ptr(),
         native.num_threads(),
+        digits,
     )
     grad_bias = grad_gates.sum(0) if needs[3] or needs[4] else None
     return Gradients(

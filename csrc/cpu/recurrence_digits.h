@@ -1,0 +1,174 @@
+// What recurrent layers keep as digits (digits.h): their states, their inputs, and the gradients of their gates.
+#pragma once
+
+#include "digits.h"
+#include "recurrence.h"
+
+namespace fastlm {
+namespace FASTLM_ISA {
+
+// In place of a weight's type: weights in digits.
+struct Digits {};
+
+// Steps are taken together in larger chunks than of floats: a chunk's pass over W_ih drives W_hh out of level 2.
+constexpr int64_t kDigitChunkRows = 256;
+
+FASTLM_INLINE int64_t floats_for(int64_t bytes) { return panels_for(bytes, 64) * 16; }
+FASTLM_INLINE uint8_t* take_bytes(float*& memory, int64_t bytes) {
+  uint8_t* const taken = reinterpret_cast<uint8_t*>(memory);
+  memory += floats_for(bytes);
+  return taken;
+}
+FASTLM_INLINE float* take_floats(float*& memory, int64_t n) {
+  return reinterpret_cast<float*>(take_bytes(memory, n * static_cast<int64_t>(sizeof(float))));
+}
+
+// Rows of input, of a chunk at a time.
+class InputDigits {
+ public:
+  static int64_t floats(int64_t rows, int64_t k) { return floats_for(digit_rows_bytes(rows, k)) + floats_for(rows * 4); }
+  InputDigits() = default;
+  InputDigits(float*& memory, int64_t rows, int64_t k)
+      : rows_{take_bytes(memory, digit_rows_bytes(rows, k)), k}, units_(take_floats(memory, rows)) {}
+
+  void put(const float* input, Range rows) const {
+    for (int64_t i = rows.begin; i < rows.end; ++i) put_row(input + i * rows_.k, rows_.k, rows_, i, units_ + i);
+  }
+  template <int V, int Last>
+  void product(int64_t count, const uint8_t* panel, float* out) const {
+    digit_product<V, Last>(rows_, {units_, nullptr, count, 1}, count, panel, out, kPanel);
+  }
+
+ private:
+  DigitRows rows_{};
+  float* units_ = nullptr;
+};
+
+// h of all rows before a step and, while that step writes them, before the next one; a step's `turn` says which. They
+// are taken to be in -1..1, or, where they begin beyond and `lasting`, in -max |h0|..max |h0|.
+class StateDigits {
+ public:
+  static int64_t floats(int64_t batch, int64_t k) {
+    return 2 * floats_for(digit_rows_bytes(batch, k)) + 5 * floats_for(batch * 4);
+  }
+  StateDigits() = default;
+  StateDigits(float*& memory, int64_t batch, int64_t k, const float* h0, bool lasting)
+      : batch_(batch), k_(k), h0_(h0), lasting_(lasting) {
+    for (uint8_t*& tiles : tiles_) tiles = take_bytes(memory, digit_rows_bytes(batch, k));
+    for (float*& units : units_) units = take_floats(memory, batch);
+    scales_ = take_floats(memory, batch);
+    first_units_ = take_floats(memory, batch);
+    first_scales_ = take_floats(memory, batch);
+  }
+
+  // Of `first`, the first step. By each thread, with its panels of kLanes units.
+  void begin(const Walk& first, Range own, int thread, int threads, Barrier& barrier) const {
+    const Range rows = share(batch_, thread, threads);
+    constexpr int32_t kOne = 0x3f800000;  // bits of 1
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const int32_t largest = largest_magnitude(h0_ + i * k_, k_);
+      const DigitScale later = digit_scale(lasting_ && largest > kOne ? largest : kOne);
+      const DigitScale at_first = lasting_ ? later : digit_scale(largest);
+      scales_[i] = later.scale;
+      units_[0][i] = units_[1][i] = later.unit;
+      first_scales_[i] = at_first.scale;
+      first_units_[i] = at_first.unit;
+    }
+    barrier.wait();
+    join(0, 0, first.rows(), own);
+    barrier.wait();
+  }
+
+  // The rows [low, high) have their first step at the next turn.
+  void join(int turn, int64_t low, int64_t high, Range own) const {
+    for (int64_t i = low; i < high; ++i)
+      for (int64_t at = own.begin * kLanes; at < own.end * kLanes; at += kLanes)
+        put_digits(load_until(h0_ + i * k_, at, k_, 0.0f), first_scales_[i], rows(turn).at(i, at));
+  }
+
+  // kLanes units from `at` on of a row's h, before the step of that turn.
+  FASTLM_MEMBER void put(int turn, int64_t row, int64_t at, vf h) const {
+    put_digits(h, scales_[row], rows(turn).at(row, at));
+#if defined(__AVX512F__)
+    if (__builtin_expect(_mm512_cmp_ps_mask((__m512)h, (__m512)h, _CMP_UNORD_Q) != 0, false)) {
+      // No integer is NaN. Every thread that finds one in the row writes the same; so will each of the later steps.
+      const float nan = float_of(0x7fc00000);
+      __atomic_store(units_[turn] + row, &nan, __ATOMIC_RELAXED);
+    }
+#endif
+  }
+
+  template <int V, int Last>
+  void product(const Walk& step, int turn, const uint8_t* panel, float* out) const {
+    const Rows units = {units_[turn], first_units_, step.rows_before(), 1};
+    digit_product<V, Last>(rows(turn), units, step.rows(), panel, out, kPanel);
+  }
+
+ private:
+  DigitRows rows(int turn) const { return {tiles_[turn], k_}; }
+
+  int64_t batch_ = 0, k_ = 0;
+  const float* h0_ = nullptr;
+  bool lasting_ = false;
+  uint8_t* tiles_[2] = {};
+  float *units_[2] = {}, *scales_ = nullptr;  // [B]; units_ by turn
+  float *first_units_ = nullptr, *first_scales_ = nullptr;
+};
+
+// Gradients of the gates of one step, each in units of its row's largest, whichever gate that is of; as digits their
+// columns are [gates][hidden, filled up to a multiple of 16].
+class GradientDigits {
+ public:
+  static int64_t depth(int64_t gates, int64_t hidden) { return gates * panels_for(hidden, kTileHeight) * kTileHeight; }
+  static int64_t floats(int64_t batch, int64_t gates, int64_t hidden, int threads) {
+    return floats_for(digit_rows_bytes(batch, depth(gates, hidden))) + threads * 2 * floats_for(batch * 4);
+  }
+  GradientDigits() = default;
+  GradientDigits(float*& memory, int64_t batch, int64_t gates, int64_t hidden, int threads)
+      : gates_(gates), hidden_(hidden), slot_(floats_for(batch * 4)) {
+    rows_ = {take_bytes(memory, digit_rows_bytes(batch, depth(gates, hidden))), depth(gates, hidden)};
+    units_ = take_floats(memory, threads * slot_);
+    largest_ = reinterpret_cast<int32_t*>(take_floats(memory, threads * slot_));
+  }
+
+  // The own units' gradients of a step as digits, from grads [rows, gates * hidden], of which each thread has written
+  // its own. Afterwards, behind a barrier, all of them are there.
+  void put(const float* grads, int64_t rows, Range units, int thread, int threads, Barrier& barrier) const {
+    const int64_t width = gates_ * hidden_, high = units.end < hidden_ ? units.end : hidden_;
+    for (int64_t i = 0; i < rows; ++i) {
+      int32_t most = 0;
+      for (int64_t gate = 0; gate < gates_ && units.begin < high; ++gate) {
+        const int32_t of_gate = largest_magnitude(grads + i * width + gate * hidden_ + units.begin, high - units.begin);
+        most = of_gate > most ? of_gate : most;
+      }
+      largest_[thread * slot_ + i] = most;
+    }
+    barrier.wait();
+    for (int64_t i = 0; i < rows; ++i) {
+      int32_t most = 0;
+      for (int other = 0; other < threads; ++other)
+        most = largest_[other * slot_ + i] > most ? largest_[other * slot_ + i] : most;
+      const DigitScale by = digit_scale(most);
+      units_[thread * slot_ + i] = by.unit;
+      for (int64_t gate = 0; gate < gates_; ++gate)
+        for (int64_t at = units.begin; at < high; at += kLanes)
+          put_digits(load_until(grads + i * width + gate * hidden_, at, hidden_, 0.0f), by.scale,
+                     rows_.at(i, gate * (rows_.k / gates_) + at));
+    }
+  }
+
+  // out += the rows' gradients times a panel of W_hh.
+  void product(int64_t count, const uint8_t* panel, int thread, float* out, int64_t out_stride) const {
+    digit_product(rows_, {units_ + thread * slot_, nullptr, count, 1}, count, panel, out, out_stride);
+  }
+  int64_t panel_bytes() const { return 4 * digit_column_block(rows_.k); }
+
+ private:
+  int64_t gates_ = 0, hidden_ = 0, slot_ = 0;
+  DigitRows rows_{};
+  float* units_ = nullptr;      // [threads][B]
+  int32_t* largest_ = nullptr;  // [threads][B], bits of a float
+};
+
+}  // namespace FASTLM_ISA
+}  // namespace fastlm
