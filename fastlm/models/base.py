@@ -105,8 +105,8 @@ class CausalLM(nn.Module):
         """An empty state for `rows` sequences of up to `max_length` tokens (None: the context length).
 
         `kv_dtype` is what a KV cache keeps keys and values in (`ops.kv_append`): None for the model's own dtype; a
-        float32 model can have bfloat16 or int8, half and about a quarter of the memory, and any model float8_e4m3fn, a
-        byte a number, for which GPUs have kernels and CPUs none of ours.
+        float32 model can have bfloat16, and any model int8 or float8_e4m3fn, about a byte a number. For narrow models
+        and for float8 GPUs have kernels, and CPUs none of ours.
 
         Raises:
             ValueError: `max_length` exceeds the context length, or the model can't have such a cache.

@@ -11,6 +11,7 @@ from fastlm.kernels.cpu import attention_decode as cpu
 from fastlm.ops.attention import check_options
 from fastlm.ops.attention_kernels import ATTENTION
 from fastlm.ops.checks import describe
+from fastlm.ops.kv_cache import int8_why_not
 from fastlm.ops.library import (
     autograd_by_reference,
     needs_grad,
@@ -72,13 +73,13 @@ def triton_cache_why_not(query: Tensor, keys: Tensor, values: Tensor, *others: T
         return "a gradient is wanted"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the query is {query.dtype}; the kernel takes float32, float16 and bfloat16"
-    if keys.dtype not in (query.dtype, torch.bfloat16, torch.float8_e4m3fn):
-        return f"the cache is {keys.dtype}; the kernel takes the query's dtype, bfloat16 and float8_e4m3fn"
+    if keys.dtype not in (query.dtype, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        return f"the cache is {keys.dtype}; the kernel takes the query's dtype, bfloat16, int8 and float8_e4m3fn"
     if not 1 <= query.shape[3] <= 256:
         return f"heads of {query.shape[3]} features, the kernel takes 1 to 256"
     if keys.stride(3) != 1 or values.stride(3) != 1:
         return "the last dimension of a cache is not contiguous"
-    return triton_why_not(query, keys, values, *others)
+    return int8_why_not(keys, values) or triton_why_not(query, keys, values, *others)
 
 
 def _triton_why_not(
@@ -204,7 +205,7 @@ def attention_decode(
 
     Args:
         query: [B, H, T, D], the T newest tokens of each sequence, whose keys and values the cache already holds.
-        key_cache: [R, KVH, S, D], the query's dtype or float8_e4m3fn; for a float32 query also bfloat16, or int8
+        key_cache: [R, KVH, S, D], the query's dtype or float8_e4m3fn, for a float32 query also bfloat16; or int8
             [R, KVH, S, D + 4] as `kv_append` writes it. KVH divides H as in `attention`.
         value_cache: like `key_cache`.
         lengths: int64 [B], tokens of each sequence including the T new ones: T <= lengths[b] <= S.

@@ -11,6 +11,7 @@ from fastlm.ops.checks import describe, expect_shape
 from fastlm.ops.library import autograd_by_reference, tracing, triton_kernel
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import attention_decode as reference
+from fastlm.reference.kv_cache import kv_read, kv_width
 
 __all__ = ["attention_paged"]
 
@@ -54,7 +55,7 @@ def _gathered(
     wide = torch.promote_types(query.dtype, torch.float32)
     caches = []
     for pages, factor in ((key_pages, key_scale), (value_pages, value_scale)):
-        cache = pages[table].transpose(1, 2).flatten(2, 3).to(wide)  # [B, KVH, M page, D]
+        cache = kv_read(pages[table].transpose(1, 2).flatten(2, 3), wide)  # [B, KVH, M page, D]
         caches.append((cache if factor is None else cache * factor.to(wide)[:, None, None]).to(query.dtype))
     (masked,) = (i.run for i in ATTENTION_DECODE.implementations if i.name == "torch")
     result: Tensor = masked(query, *caches, lengths, None, scale, window, softcap, alibi_slopes)
@@ -126,12 +127,13 @@ def _check(
 ) -> None:
     expect_shape("attention_paged", "query", query, ("B", "H", "T", "D"))
     batch, heads, _, dim = query.shape
-    dtypes = (query.dtype, torch.bfloat16, torch.float8_e4m3fn)
+    dtypes = (query.dtype, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+    width = kv_width(dim, key_pages.dtype)
     for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
-        if pages.dim() != 4 or pages.shape != (*key_pages.shape[:3], dim) or pages.dtype not in dtypes:
+        if pages.dim() != 4 or pages.shape != (*key_pages.shape[:3], width) or pages.dtype not in dtypes:
             raise ValueError(
-                f"attention_paged: {name} is {describe(pages)}, expected {query.dtype}, bfloat16 or float8_e4m3fn of "
-                f"shape [P, KVH, page, {dim}], the same for keys and values"
+                f"attention_paged: {name} is {describe(pages)}, expected {query.dtype}, bfloat16, int8 or "
+                f"float8_e4m3fn of shape [P, KVH, page, {width}], the same for keys and values"
             )
     if value_pages.dtype != key_pages.dtype:
         raise ValueError(f"attention_paged: value_pages is {describe(value_pages)}, expected {key_pages.dtype} as keys")
@@ -174,7 +176,8 @@ def attention_paged(
 
     Args:
         query: [B, H, T, D], the T newest tokens of each sequence, whose keys and values the pages already hold.
-        key_pages: [P, KVH, page, D], the query's dtype, bfloat16 or float8_e4m3fn; KVH divides H as in `attention`.
+        key_pages: [P, KVH, page, D], the query's dtype, bfloat16 or float8_e4m3fn, or int8 [P, KVH, page, D + 4] as
+            `kv_append` writes it; KVH divides H as in `attention`.
         value_pages: like `key_pages`.
         block_table: int64 [B, M], pages of each sequence in order, each from 0 to P - 1.
         lengths: int64 [B], tokens of each sequence including the T new ones: T <= lengths[b] <= M * page.

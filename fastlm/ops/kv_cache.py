@@ -8,12 +8,12 @@ from torch import Tensor
 from fastlm.kernels import native
 from fastlm.kernels.cpu import elementwise as kernel
 from fastlm.ops.checks import describe
-from fastlm.ops.library import needs_grad, opaque_kernel_why_not, tracing
+from fastlm.ops.library import needs_grad, opaque_kernel_why_not, tracing, triton_kernel, triton_why_not
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import kv_cache as reference
-from fastlm.reference.kv_cache import kv_dtypes
+from fastlm.reference.kv_cache import KV_SCALE_BYTES, kv_dtypes
 
-__all__ = ["kv_append", "offset"]
+__all__ = ["int8_why_not", "kv_append", "offset"]
 
 
 def _append_why_not(
@@ -30,6 +30,27 @@ def _append_why_not(
     return opaque_kernel_why_not(native.CPU, keys, values, key, value)
 
 
+def int8_why_not(*caches: Tensor) -> str | None:
+    """Why a Triton kernel can't take int8 caches: it reads the float32 behind each vector as such."""
+    for cache in caches:
+        numbers = (cache.shape[3], cache.storage_offset(), *cache.stride()[:3])
+        if cache.dtype is torch.int8 and any(number % KV_SCALE_BYTES for number in numbers):
+            return "vectors of an int8 cache do not all begin at multiples of 4 bytes"
+    return None
+
+
+def _triton_why_not(
+    keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: Tensor, rows: Tensor | None
+) -> str | None:
+    if needs_grad(key, value):
+        return "a gradient is wanted"
+    if keys.stride(3) != 1 or values.stride(3) != 1:
+        return "the last dimension of a cache is not contiguous"
+    if torch.float64 in (keys.dtype, key.dtype):
+        return "the kernel takes float32, float16 and bfloat16"
+    return int8_why_not(keys, values) or triton_why_not(keys, values, key, value, starts, rows)
+
+
 def _offset_why_not(
     source: Tensor, amount: int, target: Tensor, source_index: Tensor | None, target_index: Tensor | None
 ) -> str | None:
@@ -43,6 +64,7 @@ KV_APPEND = Op(
     "kv_append",
     [
         Implementation("cpu", kernel.kv_append, _append_why_not),
+        Implementation("triton", triton_kernel("kv_append", "kv_append"), _triton_why_not),
         Implementation("reference", reference.kv_append, always),
     ],
 )
@@ -91,8 +113,8 @@ def kv_append(
         key_cache: [R, KVH, S, D]; value_cache alike.
             Of dtype int8 it is [R, KVH, S, D + 4]: D integers, then the four bytes of their float32 scale, which is the
             vector's largest magnitude / 127.
-        key: [B, KVH, T, D] of the cache's dtype; or, rounded to nearest, float32 for a bfloat16 or int8 cache, and any
-            floating dtype for a float8_e4m3fn cache, in which what exceeds 448 becomes 448. value alike.
+        key: [B, KVH, T, D] of the cache's dtype; or, rounded to nearest, float32 for a bfloat16 cache, and any floating
+            dtype for one of int8 or of float8_e4m3fn, in which what exceeds 448 becomes 448. value alike.
         starts: int64 [B], contiguous: the position of each sequence's first new token, starts[b] + T <= S.
         rows: int64 [B], contiguous, all different: the cache row of each batch entry; 0, 1, 2, ... if None.
 

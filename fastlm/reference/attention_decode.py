@@ -88,5 +88,5 @@ def attention_paged(
 
 def _gather(pages: Tensor, table: Tensor, length: int, dtype: torch.dtype, factor: Tensor | None) -> Tensor:
     """[1, KVH, length, D], the first `length` positions of the pages in `table`, times each head's factor."""
-    row = pages[table].transpose(0, 1).flatten(1, 2)[None, :, :length].to(dtype)
+    row = kv_read(pages[table].transpose(0, 1).flatten(1, 2)[None, :, :length], dtype)
     return row if factor is None else row * factor.to(dtype)[:, None, None]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["KV_SCALE_BYTES", "kv_append", "kv_dtypes", "kv_read", "kv_width", "offset"]
+__all__ = ["KV_SCALE_BYTES", "kv_append", "kv_dtypes", "kv_read", "kv_width", "kv_written", "offset"]
 
 KV_SCALE_BYTES = 4
 _SMALLEST = 1e-30
@@ -21,8 +21,8 @@ _SMALLEST = 1e-30
 
 def kv_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """What keys and values of this dtype may be kept in, their own first."""
-    smaller = (torch.bfloat16, torch.int8) if dtype is torch.float32 else ()
-    return (dtype, *smaller, torch.float8_e4m3fn)
+    smaller = (torch.bfloat16,) if dtype is torch.float32 else ()
+    return (dtype, *smaller, torch.int8, torch.float8_e4m3fn)
 
 
 def kv_width(head_dim: int, dtype: torch.dtype) -> int:
@@ -38,7 +38,7 @@ def kv_read(cache: Tensor, dtype: torch.dtype) -> Tensor:
     return (cache[..., :-KV_SCALE_BYTES] * scale).to(dtype)
 
 
-def _kv_write(x: Tensor, dtype: torch.dtype) -> Tensor:
+def kv_written(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x [..., D] as a cache of this dtype holds it: [..., kv_width(D)]."""
     if dtype is torch.float8_e4m3fn:
         limit = torch.finfo(dtype).max
@@ -60,7 +60,7 @@ def kv_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, starts: 
     row = (torch.arange(batch, device=starts.device) if rows is None else rows)[:, None]
     place = starts[:, None] + torch.arange(tokens, device=starts.device)
     for cache, new in ((keys, key), (values, value)):
-        _stored(cache)[row, :, place] = _stored(_kv_write(new, cache.dtype)).transpose(1, 2)
+        _stored(cache)[row, :, place] = _stored(kv_written(new, cache.dtype)).transpose(1, 2)
 
 
 def _stored(tensor: Tensor) -> Tensor:

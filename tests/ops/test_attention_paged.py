@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.ops.attention_paged import ATTENTION_PAGED
+from fastlm.reference.kv_cache import kv_read, kv_written
 
 
 def _case(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -53,11 +54,16 @@ def test_equals_contiguous_caches(options: dict[str, Any]) -> None:
     torch.testing.assert_close(gathered(*case.values(), *rest), expected)
 
 
-def test_float8_is_read_as_the_floats_it_stands_for() -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_few_bytes_are_read_as_the_floats_they_stand_for(dtype: torch.dtype) -> None:
     case = _case(torch.float32)
-    narrow = {name: case[name].to(torch.float8_e4m3fn) for name in ("key_pages", "value_pages")}
-    wide = {name: pages.float() for name, pages in narrow.items()}
-    assert torch.equal(ops.attention_paged(**{**case, **narrow}), ops.attention_paged(**{**case, **wide}))
+    narrow = {name: kv_written(case[name], dtype) for name in ("key_pages", "value_pages")}
+    wide = {name: kv_read(pages, torch.float32) for name, pages in narrow.items()}
+    expected = ops.attention_paged(**{**case, **wide})
+    assert torch.equal(ops.attention_paged(**{**case, **narrow}), expected)
+    (gathered,) = (i.run for i in ATTENTION_PAGED.implementations if i.name == "torch")
+    rest = (None, None, 5**-0.5, None, None, None)
+    torch.testing.assert_close(gathered(*{**case, **narrow}.values(), *rest), expected)
 
 
 @pytest.mark.parametrize(

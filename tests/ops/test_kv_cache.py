@@ -165,6 +165,20 @@ def test_a_float8_cache_rounds_to_nearest_and_cuts_off(dtype: torch.dtype) -> No
     assert torch.equal((exact - held[0, 1]).abs(), nearest)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_int8_cache_of_narrow_keys(dtype: torch.dtype) -> None:
+    """The same bytes as for the same numbers in float32, which our kernel writes."""
+    new = torch.randn(2, 1, 2, 5, 12).to(dtype)
+    caches = torch.zeros(2, 2, 1, 2, 6, 16, dtype=torch.int8)
+    for found, numbers in zip(caches, (new, new.float()), strict=True):
+        ops.kv_append(*found, *numbers, torch.tensor([1]))
+    assert caches[0].any() and torch.equal(*caches)
+    query = torch.randn(1, 4, 1, 12).to(dtype)
+    found = ops.attention_decode(query, *caches[0], torch.tensor([6]))
+    expected = ops.attention_decode(query.float(), *caches[0], torch.tensor([6]))
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
 def test_an_int8_cache_needs_room_for_its_scales() -> None:
     cache, new = torch.zeros(1, 1, 4, 8, dtype=torch.int8), torch.zeros(1, 1, 1, 8)
     with pytest.raises(ValueError, match="does not fit a cache"):

@@ -1,8 +1,8 @@
 """Runs this folder on the GPU where there is one (then its tests are marked `gpu`), else in Triton's interpreter.
 
 The interpreter computes with numpy, which has no bfloat16 or float8: it multiplies the bit patterns of bfloat16 as
-integers, and rounds conversions in ways of its own. Both are mended here, with torch's conversions, so that the kernels
-need no special case.
+integers, takes integers for such patterns, and rounds conversions in ways of its own. All are mended here, with torch's
+conversions, so that the kernels need no special case.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _mended_interpreter() -> Iterator[None]:
     }
     holders = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
     builder = interpreter.InterpreterBuilder
-    before = interpreter._convert_float, builder.create_dot
+    before = interpreter._convert_float, builder.create_dot, builder.cast_impl
 
     def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
         if source not in names or target not in names:
@@ -63,6 +63,11 @@ def _mended_interpreter() -> Iterator[None]:
     def dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
         a, b = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
         return before[1](self, a, b, d, precision, imprecise)
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        if target.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
+            source = before[2](self, source, tl.float32)
+        return before[2](self, source, target)
 
     call_before = interpreter.InterpretedFunction.__call__
 
@@ -79,6 +84,7 @@ def _mended_interpreter() -> Iterator[None]:
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         patch.setattr(interpreter, "_convert_float", convert)
         patch.setattr(builder, "create_dot", dot)
+        patch.setattr(builder, "cast_impl", cast)
         yield
 
 

@@ -15,6 +15,7 @@ from triton_mutants import mutant
 
 from fastlm import ops
 from fastlm.reference import attention_decode as reference
+from fastlm.reference import kv_cache
 from fastlm.reference.attention import attention as full_attention
 
 pytest.importorskip("triton.language", reason="triton is not installed")
@@ -51,7 +52,8 @@ def _case(
     cache = cache or dtype
     needed = [-(-length // size) if page else 1 for length in lengths]
     rows = sum(needed) + 2
-    keys, values = torch.randn(2, rows, kv_heads, size, dim).to(cache)
+    written = torch.randn(2, rows, kv_heads, size, dim) * (torch.rand(size, 1) + 0.2 if cache is torch.int8 else 1.0)
+    keys, values = kv_cache.kv_written(written, cache)
     order = torch.randperm(rows).tolist()
     stored = torch.zeros(rows, size, dtype=torch.bool)
     table = torch.full((batch, max(needed) + 1), 1 << 40)
@@ -59,7 +61,8 @@ def _case(
         for i in range(count):
             table[b, i] = order.pop()
             stored[table[b, i], : min(size, length - i * size)] = True
-    nan = torch.tensor(torch.nan).to(cache)
+    # Of bytes -1 an int8 cache's scales are NaN.
+    nan = torch.tensor(-1 if cache is torch.int8 else torch.nan).to(cache)
     keys, values = (torch.where(stored[:, None, :, None], t, nan) for t in (keys, values))
     query = torch.randn(batch, heads, tokens, dim).to(dtype)
     if slopes != "none":
@@ -91,7 +94,7 @@ def _exact(args: list[Tensor], options: dict[str, Any]) -> Tensor:
     if paged:
         run, middle = reference.attention_paged, (o["key_scale"], o["value_scale"])
         return run(query.double(), keys, values, *rest, *middle, *last)
-    return reference.attention_decode(*(t.double() for t in (query, keys, values)), *rest, o["rows"], *last)
+    return reference.attention_decode(query.double(), keys, values, *rest, o["rows"], *last)
 
 
 def compare(decode: Decode, args: list[Tensor], options: dict[str, Any]) -> None:
@@ -115,6 +118,9 @@ COMBINATIONS = pairwise(
         (torch.float16, None),
         (torch.bfloat16, FLOAT8),
         (torch.float32, FLOAT8),
+        (torch.float32, torch.int8),
+        (torch.bfloat16, torch.int8),
+        (torch.float16, torch.int8),
     ],
     page=[None, 16, 24, 64],
     window=[None, 1, 70],
@@ -252,6 +258,17 @@ FAULTS = {
     "slopes of another head": ("batch * stride_slopes + head", "batch * stride_slopes + head * 0"),
     "slopes of another sequence": ("batch * stride_slopes", "0"),
     "no cap": ("if SOFTCAP:", "if SOFTCAP and False:"),
+    "int8: keys' scale of another head": ("key_scale + k_at,", "key_scale + (k_at - k_head),"),
+    "int8: keys' scale of another key": ("key_scale + k_at,", "key_scale + (k_at - at * stride_ks),"),
+    "int8: values' scale of another head": ("value_scale + v_at,", "value_scale + (v_at - v_head),"),
+    "int8: values' scale of another page": ("value_scale + v_at,", "value_scale + (v_at - (pages - 1) * stride_vr),"),
+    "int8: values' scale forgotten": ("p *= v_scale[None, :]", "p *= 1.0"),
+    "int8: values' scale forgotten in float16": ("v.to(tl.float32) * v_scale[:, None]", "v.to(tl.float32)"),
+    "int8: keys' scale forgotten": (
+        "scores *= tl.load(key_scale + k_at, mask=stored, other=0.0)[None, :]",
+        "scores *= 1.0 + 0.0 * tl.load(key_scale + k_at, mask=stored, other=0.0)[None, :]",
+    ),
+    "int8: bytes taken for words": ("UNIT: tl.constexpr = 4 if", "UNIT: tl.constexpr = 1 if"),
 }
 
 
@@ -261,15 +278,19 @@ def test_planted_faults_are_found(device: str, fault: str, tmp_path: Path, monke
     monkeypatch.setattr(copy, "CHUNK", 128)
     common: dict[str, Any] = {"window": 170, "softcap": 2.0, "slopes": "row", "tokens": 3, "lengths": (250, 90)}
     scale = 0.4
-    args, options = _case(device, **common, page=16, cache=FLOAT8, scales="head")
-    options["alibi_slopes"] *= 0.05  # far keys must keep some weight, or they could be dropped unnoticed
+    caches = [(torch.float32, FLOAT8, "head"), (torch.float32, torch.int8, "none"), (torch.float16, torch.int8, "none")]
+    if fault != "nothing":
+        caches = caches[1:] if fault.startswith("int8") else caches[:1]
 
     def paged(*args: Any, **o: Any) -> Tensor:
-        scales = (o["key_scale"], o["value_scale"])
+        scales = (o.get("key_scale"), o.get("value_scale"))
         return copy.attention_paged(*args, *scales, scale, o["window"], o["softcap"], o["alibi_slopes"])
 
     def check() -> None:
-        compare(paged, args, {**options, "scale": scale})
+        for dtype, cache, scales in caches:
+            args, options = _case(device, **common, page=16, dtype=dtype, cache=cache, scales=scales)
+            options["alibi_slopes"] *= 0.05  # far keys must keep some weight, or they could be dropped unnoticed
+            compare(paged, args, {**options, "scale": scale})
 
     if fault == "nothing":
         check()
@@ -303,3 +324,5 @@ def test_what_the_kernel_leaves_to_others(device: str) -> None:
     assert "257 features" in reason(*args, **options)
     args, options = _case(device, page=16)
     assert "scales for a cache of torch.float32" in reason(*args, key_scale=torch.ones(1, device=device))
+    args, options = _case(device, dim=18, cache=torch.int8)
+    assert "multiples of 4 bytes" in reason(*args, **options)

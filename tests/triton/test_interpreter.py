@@ -20,7 +20,7 @@ def _product(a, b, out):
 @triton.jit
 def _widen(source, out, size: tl.constexpr):
     index = tl.arange(0, size)
-    tl.store(out + index, tl.load(source + index).to(tl.float32))
+    tl.store(out + index, tl.load(source + index).to(out.dtype.element_ty))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -41,3 +41,10 @@ def test_every_float8(device: str) -> None:
     out = torch.zeros(256, device=device)
     _widen[(1,)](codes, out, 256)
     torch.testing.assert_close(out, codes.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_integers_become_bfloat16(device: str) -> None:
+    codes = torch.arange(-128, 128, dtype=torch.int8, device=device)
+    out = torch.zeros(256, device=device, dtype=torch.bfloat16)
+    _widen[(1,)](codes, out, 256)
+    assert torch.equal(out, codes.bfloat16())

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm.reference.kv_cache import KV_SCALE_BYTES
+
 __all__ = ["CHUNK", "attention_decode", "attention_paged", "combine_chunks", "decode_chunk", "tile"]
 
 CHUNK = 256
@@ -52,7 +54,7 @@ def decode_chunk(
     lengths,
     index,  # the cache row of each batch entry, [B], or its pages, [B, M]; unused where CACHE is "own"
     slopes,
-    key_scale,
+    key_scale,  # of each head; of int8 caches each key's own, which lie behind it: see `_launch`
     value_scale,
     factor,  # scale, times log2(e) where there is no softcap
     softcap,
@@ -62,7 +64,7 @@ def decode_chunk(
     stride_qb,
     stride_qh,
     stride_qt,
-    stride_kr,
+    stride_kr,  # of caches in bytes of int8, strides count 4 of them
     stride_kh,
     stride_ks,
     stride_vr,
@@ -79,7 +81,7 @@ def decode_chunk(
     CHUNK: tl.constexpr,  # 0: one program takes all keys and writes the result itself
     CACHE: tl.constexpr,  # "own": row b; "rows": row index[b]; "pages"
     PAGE: tl.constexpr,  # positions to a page: a constant, for by a variable every place is a division
-    FLOAT8: tl.constexpr,  # "": none; "native"; "bits": bytes, widened by hand
+    CODES: tl.constexpr,  # "": none; float8 "native" or "bits", bytes widened by hand; "int8"
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
@@ -113,13 +115,14 @@ def decode_chunk(
     q = tl.load(q_at[:, None] + feature[None, :], mask=used[:, None] & inside[None, :], other=0.0)
     if ALIBI:
         slope = tl.load(slopes + batch * stride_slopes + head, mask=used, other=0.0) * LOG2E
-    if FLOAT8 != "":
+    UNIT: tl.constexpr = 4 if CODES == "int8" else 1
+    if CODES == "native" or CODES == "bits":
         factor = factor * tl.load(key_scale + kv_head)
     cache_row = batch
     if CACHE == "rows":
         cache_row = tl.load(index + batch * stride_ib)
-    keys += kv_head.to(tl.int64) * stride_kh
-    values += kv_head.to(tl.int64) * stride_vh
+    k_head = kv_head.to(tl.int64) * stride_kh
+    v_head = kv_head.to(tl.int64) * stride_vh
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
@@ -130,15 +133,17 @@ def decode_chunk(
         if CACHE == "pages":
             pages = tl.load(index + batch * stride_ib + position // PAGE, mask=stored, other=0).to(tl.int64)
             at = (position % PAGE).to(tl.int64)
-            k_at = keys + pages * stride_kr + at * stride_ks
-            v_at = values + pages * stride_vr + at * stride_vs
+            k_at = k_head + pages * stride_kr + at * stride_ks
+            v_at = v_head + pages * stride_vr + at * stride_vs
         else:
-            k_at = keys + cache_row * stride_kr + position.to(tl.int64) * stride_ks
-            v_at = values + cache_row * stride_vr + position.to(tl.int64) * stride_vs
-        k = tl.load(k_at[None, :] + feature[:, None], mask=stored[None, :] & inside[:, None], other=0.0)
-        if FLOAT8 == "bits":
+            k_at = k_head + cache_row * stride_kr + position.to(tl.int64) * stride_ks
+            v_at = v_head + cache_row * stride_vr + position.to(tl.int64) * stride_vs
+        k = tl.load(keys + (k_at[None, :] * UNIT + feature[:, None]), mask=stored[None, :] & inside[:, None], other=0.0)
+        if CODES == "bits":
             k = _float8(k)
         scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * factor
+        if CODES == "int8":  # integers are exact in any dtype: their scale may follow
+            scores *= tl.load(key_scale + k_at, mask=stored, other=0.0)[None, :]
         if SOFTCAP:
             scores = softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))  # tanh
         if ALIBI:
@@ -153,14 +158,22 @@ def decode_chunk(
         p = tl.exp2(scores - base[:, None])
         rescale = tl.exp2(m - base)
         l = l * rescale + tl.sum(p, 1)  # noqa: E741
-        v = tl.load(v_at[:, None] + feature[None, :], mask=stored[:, None] & inside[None, :], other=0.0)
-        if FLOAT8 == "bits":
+        v = tl.load(
+            values + (v_at[:, None] * UNIT + feature[None, :]), mask=stored[:, None] & inside[None, :], other=0.0
+        )
+        if CODES == "bits":
             v = _float8(v)
+        if CODES == "int8":
+            v_scale = tl.load(value_scale + v_at, mask=stored, other=0.0)
+            if q.dtype == tl.float16:  # in which a weight times a scale would lose bits to the exponent's end
+                v = v.to(tl.float32) * v_scale[:, None]
+            else:
+                p *= v_scale[None, :]
         acc = acc * rescale[:, None]
         acc += tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         m = new_m
 
-    if FLOAT8 != "":
+    if CODES == "native" or CODES == "bits":
         acc = acc * tl.load(value_scale + kv_head)
     out_row = (batch * tokens + token) * (KV_HEADS * GROUP) + head  # output [B, T, H, (chunk,) D]
     if CHUNK:
@@ -310,10 +323,15 @@ def _launch(
         return output.transpose(1, 2)
     query, keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (query, keys, values))
     lengths = lengths.contiguous()
-    float8 = ""
+    codes, unit = "", 1
+    if keys.dtype == torch.int8:
+        # [.., D + 4]: a key's scale is the float behind it. Strides count floats, so that it is known that 4 bytes of a
+        # key can be read at once.
+        codes, unit = "int8", KV_SCALE_BYTES
+        key_scale, value_scale = (t.view(torch.float32)[..., dim // unit :] for t in (keys, values))
     if keys.dtype == torch.float8_e4m3fn:
-        float8 = "native" if native_float8(query.device) else "bits"
-        if float8 == "bits":
+        codes = "native" if native_float8(query.device) else "bits"
+        if codes == "bits":
             keys, values = keys.view(torch.uint8), values.view(torch.uint8)
         one = query.new_ones(1, dtype=torch.float32)
         scales = (one if s is None else s.float() for s in (key_scale, value_scale))
@@ -347,8 +365,7 @@ def _launch(
         tokens,
         capacity,
         *query.stride()[:3],
-        *keys.stride()[:3],
-        *values.stride()[:3],
+        *(stride // unit for t in (keys, values) for stride in t.stride()[:3]),
         index.stride(0) if index is not None else 0,
         heads if slopes is not None and slopes.dim() == 2 else 0,
         KV_HEADS=kv_heads,
@@ -357,7 +374,7 @@ def _launch(
         CHUNK=chunk,
         CACHE=kind,
         PAGE=keys.shape[2] if kind == "pages" else 0,
-        FLOAT8=float8,
+        CODES=codes,
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
         ALIBI=slopes is not None,

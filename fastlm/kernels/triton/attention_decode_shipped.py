@@ -22,7 +22,11 @@ def shipped() -> Iterator[Shipped]:
         for cache in ("rows", "pages"):
             yield _shipped("bf16", dim, cache, "native", targets=("sm_90", "sm_100"))
             yield _shipped("bf16", dim, cache, "bits", targets=("sm_80", "sm_86", "gfx942"))
+            yield _shipped("bf16", dim, cache, "int8")
         yield _shipped("bf16", dim, "rows", "", tokens=16, options=True)
+    yield _shipped("fp16", 128, "rows", "int8")
+    yield _shipped("fp32", 64, "rows", "int8")
+    yield _shipped("bf16", 256, "pages", "int8", tokens=16, options=True)
     yield _shipped("fp32", 256, "rows", "", tokens=16, options=True)
     for dtype, dim, chunks in (("bf16", 64, 8), ("bf16", 128, 64), ("fp32", 256, 64)):
         yield Shipped(
@@ -53,7 +57,7 @@ def _shipped(
     dtype: str,
     dim: int,
     cache: str,
-    float8: str,
+    codes: str,
     chunk: int = CHUNK,
     tokens: int = 1,
     options: bool = False,
@@ -63,7 +67,7 @@ def _shipped(
     size = _WORD[dtype]
     sizes = tile(tokens * group, dim, size)
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-    stored = {"": f"*{dtype}", "native": "*fp8e4nv", "bits": "*u8"}[float8]
+    stored = {"": f"*{dtype}", "native": "*fp8e4nv", "bits": "*u8", "int8": "*i8"}[codes]
     pointers = {
         "query": f"*{dtype}",
         "keys": stored,
@@ -74,8 +78,8 @@ def _shipped(
         "lengths": "*i64",
         "index": None if cache == "own" else "*i64",
         "slopes": "*fp32" if options else None,
-        "key_scale": "*fp32" if float8 else None,
-        "value_scale": "*fp32" if float8 else None,
+        "key_scale": "*fp32" if codes else None,
+        "value_scale": "*fp32" if codes else None,
     }
     signature = {name: kind for name, kind in pointers.items() if kind is not None}
     # Triton takes an integer of 1 for a constant: the usual one new token, and rows that lie one after the other.
@@ -84,7 +88,8 @@ def _shipped(
     m, n = sizes["BLOCK_M"], sizes["BLOCK_N"]
     return Shipped(
         name=f"attention_decode {dtype} d{dim} {cache}"
-        + "".join(f" {word}" for word in (float8 and f"float8 {float8}", "split" if chunk else "") if word)
+        + {"": "", "int8": " int8"}.get(codes, f" float8 {codes}")
+        + (" split" if chunk else "")
         + (f" t{tokens} window softcap alibi" if options else ""),
         kernel=decode_chunk,
         signature={
@@ -103,7 +108,7 @@ def _shipped(
             "CHUNK": chunk,
             "CACHE": cache,
             "PAGE": 16 if cache == "pages" else 0,
-            "FLOAT8": float8,
+            "CODES": codes,
             "WINDOW": options,
             "SOFTCAP": options,
             "ALIBI": options,
@@ -111,11 +116,11 @@ def _shipped(
         num_warps=warps,
         num_stages=stages,
         targets=targets,
-        divisible_by_16=(*signature, "capacity", *strides[:-2]),
+        divisible_by_16=(*signature, "capacity", *strides[: 3 if codes == "int8" else -2]),
         work=Work(
             tensor_flops=4 * m * n * sizes["PADDED"],
             exponentials=m * n + m,
-            bytes=2 * n * dim * (1 if float8 else size),
+            bytes=2 * n * dim * (1 if codes else size),
             streamed=True,
         ),
     )
