@@ -114,6 +114,13 @@ __global__ void __launch_bounds__(kStepThreads, 4) lstm_step_kernel(LstmStepCuda
   }
 }
 
+FASTLM_DEVICE int64_t running_at(const LstmSequenceCuda& a, int64_t t) {
+  return a.running == nullptr ? a.batch : a.running[t];
+}
+FASTLM_DEVICE int64_t start_of(const LstmSequenceCuda& a, int64_t t) {
+  return a.starts == nullptr ? t * a.batch : a.starts[t];
+}
+
 struct LstmSequenceLaunch {
   LstmSequenceCuda args;
   unsigned* barrier;
@@ -159,7 +166,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) lstm_sequence_kernel(Lstm
 
   for (int64_t step = 0; step < a.steps; ++step) {
     const int64_t t = a.reverse ? a.steps - 1 - step : step;
-    const int64_t running = a.running[t], start = a.starts[t];
+    const int64_t running = running_at(a, t), start = start_of(a, t);
     const T* const from = exchanged + (step & 1) * a.batch * stride;
     T* const to = exchanged + (1 - (step & 1)) * a.batch * stride;
     for (int64_t first = 0; first < running; first += R) {

@@ -52,12 +52,12 @@ __global__ void __launch_bounds__(kSequenceThreads, 1)
 
   for (int64_t step = a.steps - 1; step >= 0; --step) {
     const int64_t t = a.reverse ? a.steps - 1 - step : step, before = a.reverse ? t + 1 : t - 1;
-    const int64_t running = a.running[t], start = a.starts[t];
-    const int64_t known = step == 0 ? 0 : a.running[before];  // rows that ran in the step before
+    const int64_t running = running_at(a, t), start = start_of(a, t);
+    const int64_t known = step == 0 ? 0 : running_at(a, before);  // rows that ran in the step before
     for (int64_t i = threadIdx.x; i < running * own; i += kSequenceThreads) {
       const int64_t row = i / own, unit = begin + i % own, line = start + row;
       const int64_t place = row * n + unit, at = line * n + unit;
-      const float c_prev = row < known ? get<T>(a.cells, (a.starts[before] + row) * n + unit) : get<T>(a.c0, place);
+      const float c_prev = row < known ? get<T>(a.cells, (start_of(a, before) + row) * n + unit) : get<T>(a.c0, place);
       const auto sum = [&](int64_t gate) {
         const int64_t j = gate * n + unit;
         return get<T>(a.gates_x, line * length + j) + get<T>(a.b_ih, j) + get<T>(a.gates_h, line * length + j) +

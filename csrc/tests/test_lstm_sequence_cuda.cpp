@@ -31,8 +31,10 @@ struct SequenceCase {
     a.hidden = n;
     a.steps = int64_t(running.size());
     a.reverse = options & 8;
-    a.running = running.data();
-    a.starts = starts.data();
+    if (running.back() != batch) {
+      a.running = running.data();
+      a.starts = starts.data();
+    }
     a.scratch = scratch.data();
     a.gates_x = gates_x = memory("gates_x", rows * 4 * n, 2);
     a.w_hh = w_hh = memory("w_hh", 4 * n * n, 0.5);

@@ -187,6 +187,23 @@ def test_gru_cell_and_its_gradients(batch: int, inputs: int, hidden: int, bias: 
         assert_close_to_reference(ours.detach(), theirs.detach(), want.detach(), floor=1e-5)
 
 
+def test_only_ragged_batches_need_a_table_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to the device can't be recorded in a CUDA graph; and the table of one stream is not another's."""
+    made, layout = [], lstm_kernel._layout
+
+    def noted(*arguments: Any) -> tuple[Tensor, Tensor]:
+        made.append(layout(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(lstm_kernel, "_layout", noted)
+    for lengths, tables in ((None, 0), ((3, 3, 3), 0), ((3, 2, 1), 1), ((3, 2, 1), 2)):
+        monkeypatch.setattr(cuda, "stream", lambda device, stream=tables: stream)
+        with torch.no_grad():
+            by_cuda(replace(LSTM, lengths=lengths), make_inputs(replace(LSTM, lengths=lengths)).to(torch.float32))
+        assert len(made) == tables
+    assert made[0][0] is not made[1][0]
+
+
 def test_sizes_of_zero(shim: Any) -> None:
     """A hidden size of 0 has no blocks to divide the units among."""
     for case in (LSTM, GRU):

@@ -82,8 +82,8 @@ struct LstmSequenceCuda {
   Storage storage;
   int64_t batch, hidden, steps;
   bool reverse;
-  const int64_t* running;           // [steps] rows at each step, none more than before; running[0] == batch
-  const int64_t* starts;            // [steps] first row of each step
+  const int64_t* running;           // [steps] rows at each step, none more than before; running[0] == batch. Or null: all
+  const int64_t* starts;            // [steps] first row of each step; or null with running
   const void* gates_x;              // [rows, 4 * hidden] W_ih x
   const void *b_ih, *b_hh;          // [4 * hidden] or null
   const void* w_hh;                 // [4 * hidden, hidden]

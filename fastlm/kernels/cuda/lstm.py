@@ -62,10 +62,12 @@ def _sequence(
     """All steps in one launch."""
     module = native.CUDA.require()
     stream = cuda.stream(gates_x.device)
-    running, starts = _layout(tuple(batch_sizes), gates_x.device, stream)
+    layout: dict[str, Tensor | None] = {}
+    if batch_sizes[-1] != batch_sizes[0]:  # else nothing to copy to the device, as where a CUDA graph is recorded
+        layout["running"], layout["starts"] = _layout(tuple(batch_sizes), gates_x.device, stream)
     scratch = torch.empty(module.lstm_sequence_scratch(*h0.shape), dtype=torch.uint8, device=gates_x.device)
     scratch[:64] = 0
-    layout = {"running": running, "starts": starts, "scratch": scratch, "gates_x": gates_x}
+    layout |= {"scratch": scratch, "gates_x": gates_x}
     with torch.cuda.device_of(gates_x):
         getattr(module, kernel)(
             cuda.STORAGES[gates_x.dtype],
