@@ -47,7 +47,7 @@ def _case(
     **options: Any,
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Arguments of `attention_decode`, or of `attention_paged`; what no row may read is NaN, its pages do not exist."""
-    batch, heads, size = len(lengths), kv_heads * group, page or 208
+    batch, heads, size = len(lengths), kv_heads * group, page or max(208, *lengths)
     lengths = tuple(max(length, tokens) for length in lengths)
     cache = cache or dtype
     needed = [-(-length // size) if page else 1 for length in lengths]
@@ -258,6 +258,15 @@ FAULTS = {
     "slopes of another head": ("batch * stride_slopes + head", "batch * stride_slopes + head * 0"),
     "slopes of another sequence": ("batch * stride_slopes", "0"),
     "no cap": ("if SOFTCAP:", "if SOFTCAP and False:"),
+    "the last keys dropped": (
+        "BLOCK_N * BLOCK_N, end, BLOCK_N)",
+        "BLOCK_N * BLOCK_N, end // BLOCK_N * BLOCK_N, BLOCK_N)",
+    ),
+    "contiguous: another sequence's row": ("cache_row = tl.load(index + batch * stride_ib)", "cache_row = batch"),
+    "contiguous: another head of keys": (
+        "cache_row * stride_kr + position",
+        "cache_row * stride_kr - k_head + position",
+    ),
     "int8: keys' scale of another head": ("key_scale + k_at,", "key_scale + (k_at - k_head),"),
     "int8: keys' scale of another key": ("key_scale + k_at,", "key_scale + (k_at - at * stride_ks),"),
     "int8: values' scale of another head": ("value_scale + v_at,", "value_scale + (v_at - v_head),"),
@@ -279,18 +288,21 @@ def test_planted_faults_are_found(device: str, fault: str, tmp_path: Path, monke
     common: dict[str, Any] = {"window": 170, "softcap": 2.0, "slopes": "row", "tokens": 3, "lengths": (250, 90)}
     scale = 0.4
     caches = [(torch.float32, FLOAT8, "head"), (torch.float32, torch.int8, "none"), (torch.float16, torch.int8, "none")]
+    page = None if fault.startswith("contiguous") else 16
     if fault != "nothing":
         caches = caches[1:] if fault.startswith("int8") else caches[:1]
 
-    def paged(*args: Any, **o: Any) -> Tensor:
-        scales = (o.get("key_scale"), o.get("value_scale"))
-        return copy.attention_paged(*args, *scales, scale, o["window"], o["softcap"], o["alibi_slopes"])
+    def run(*args: Any, **o: Any) -> Tensor:
+        last = (scale, o["window"], o["softcap"], o["alibi_slopes"])
+        if page is None:
+            return copy.attention_decode(*args, o["rows"], *last)
+        return copy.attention_paged(*args, o.get("key_scale"), o.get("value_scale"), *last)
 
     def check() -> None:
         for dtype, cache, scales in caches:
-            args, options = _case(device, **common, page=16, dtype=dtype, cache=cache, scales=scales)
+            args, options = _case(device, **common, page=page, dtype=dtype, cache=cache, scales=scales)
             options["alibi_slopes"] *= 0.05  # far keys must keep some weight, or they could be dropped unnoticed
-            compare(paged, args, {**options, "scale": scale})
+            compare(run, args, {**options, "scale": scale})
 
     if fault == "nothing":
         check()

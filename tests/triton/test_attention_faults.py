@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -15,6 +16,7 @@ from triton_attention import Case, build, by_kernel, compare
 from triton_mutants import mutant
 
 from fastlm.kernels.triton import attention, attention_bwd, attention_fwd
+from fastlm.ops import attention_kernels
 
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -26,9 +28,13 @@ CALLS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True, "mask": "bool"},
     "few": {"causal": True, "lengths": (3, 65)},
     "packed": {"causal": True, "layout": "packed", "alibi": 2},
+    "top left": {"causal": True, "top_left": True},
+    "additive": {"mask": "additive", "layout": "strided"},
+    "bfloat16": {"dtype": torch.bfloat16},
 }
 
-# The call that finds it, the file, what it says, what it is made to say
+# The call that finds it, the file, what it says, what it is made to say. "common, gradients": of what both passes
+# share, in the backward alone; "": in the launcher.
 FAULTS: dict[str, tuple[str, str, str, str]] = {
     "a key too many": ("causal", "common", "seen & (j <= i + shift)", "seen & (j <= i + shift + 1)"),
     "a key too few": ("causal", "common", "seen & (j <= i + shift)", "seen & (j < i + shift)"),
@@ -117,6 +123,69 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
     "dropout left out of values": ("dropout", "bwd", "used = tl.where(keep, p, 0.0)", "used = p"),
     "dropout not made up for, values": ("dropout", "bwd", "dv *= 1.0 / (1.0 - dropout_p)", "dv *= 1.0"),
     "softcap's derivative, keys": ("soft", "bwd", "ds *= 1.0 - t * t\n        dk", "ds *= 1.0\n        dk"),
+    "a key too many, gradients": ("causal", "common, gradients", "(j <= i + shift)", "(j <= i + shift + 1)"),
+    "a key too few, gradients": ("causal", "common, gradients", "(j <= i + shift)", "(j < i + shift)"),
+    "window off by one, gradients": (
+        "window",
+        "common, gradients",
+        "(j > i + shift - window)",
+        "(j >= i + shift - window)",
+    ),
+    "the diagonal taken for full, queries": (
+        "causal",
+        "bwd",
+        "full_hi, hi = low + 1, high + 1",
+        "full_hi, hi = high + 1, high + 1",
+    ),
+    "the tail dropped, keys": (
+        "plain",
+        "bwd",
+        "split(lo, full_lo, full_hi, hi, queries, BLOCK_M)",
+        "split(lo, full_lo, full_hi, hi, queries // BLOCK_M * BLOCK_M, BLOCK_M)",
+    ),
+    "the tail dropped, queries": (
+        "plain",
+        "bwd",
+        "split(lo, full_lo, full_hi, hi, keys, BLOCK_N)",
+        "split(lo, full_lo, full_hi, hi, keys // BLOCK_N * BLOCK_N, BLOCK_N)",
+    ),
+    "the wrong heads of queries, keys": ("plain", "bwd", "h = kv_head * GROUP + g", "h = kv_head + g * kv_heads"),
+    "the wrong head of keys, queries": (
+        "plain",
+        "bwd",
+        "(h // GROUP) * stride_kh",
+        "(h % (heads // GROUP)) * stride_kh",
+    ),
+    "weights not relative to the log-sum-exp": (
+        "plain",
+        "bwd",
+        "tl.fma(x, unit, -peak)",
+        "tl.fma(x, unit, 0.0 * peak)",
+    ),
+    "aligned at the end": ("top left", "fwd", "0 if TOP_LEFT else keys - queries", "keys - queries"),
+    "aligned at the end, gradients": ("top left", "bwd", "0 if TOP_LEFT else keys - queries", "keys - queries"),
+    "aligned at the start, gradients": ("causal", "bwd", "0 if TOP_LEFT else keys - queries", "0"),
+    "the added mask in other units": ("additive", "common", "given.to(tl.float32) * LOG2E", "given.to(tl.float32)"),
+    "the mask of another head": ("additive", "fwd", "+ hs[:, None] * stride_mh", "+ hs[:, None] * 0"),
+    "the mask of another head, gradients": ("additive", "bwd", "+ h * stride_mh", "+ h * 0"),
+    "features beyond the head's": ("additive", "common", "inside = (column < D)", "inside = (column < BLOCK_D)"),
+    "slopes of another head, gradients": ("soft", "bwd", "SLOPES + b * stride_sb + h", "SLOPES + b * stride_sb"),
+    "dropout left out of weights' gradient, keys": (
+        "dropout",
+        "bwd",
+        "dp = tl.where(keep, dp, 0.0) * (1.0 / (1.0 - dropout_p))\n        dv",
+        "dp *= 1.0\n        dv",
+    ),
+    "dropout left out of weights' gradient, queries": (
+        "dropout",
+        "bwd",
+        "dp = tl.where(keep, dp, 0.0) * (1.0 / (1.0 - dropout_p))\n        ds",
+        "dp *= 1.0\n        ds",
+    ),
+    "sinks' gradient without its weight": ("sinks", "", "torch.exp(o.sinks.float()[:, None] - lse) * delta", "delta"),
+    "queries that share keys in other places": ("few", "", "PACK=pack", "PACK=False"),
+    "weights of few bits": ("bfloat16", "fwd", "p.to(v.dtype)", "p.to(tl.float8e4nv).to(v.dtype)"),
+    "gradients of few bits": ("bfloat16", "bwd", "ds.to(q.dtype)", "ds.to(tl.float8e5).to(q.dtype)"),
     "softcap's derivative, queries": ("soft", "bwd", "ds *= 1.0 - t * t\n        dq", "ds *= 1.0\n        dq"),
 }
 
@@ -141,9 +210,13 @@ def test_planted_faults_are_found(
 ) -> None:
     call, name, old, new = FAULTS[fault]
     case = sound(call, device)
-    module = importlib.import_module(f"fastlm.kernels.triton.attention_{name}")
+    file, _, alone = name.partition(", ")
+    module = importlib.import_module("_".join(filter(None, ("fastlm.kernels.triton.attention", file))))
     changed = mutant(module, tmp_path, (old, new))
-    places = [attention_fwd, attention_bwd] if name == "common" else [attention]
+    if not file:
+        kernel = attention_kernels.Kernel(changed.attention, changed.attention_backward, True)
+        monkeypatch.setattr(attention_kernels, "TRITON", kernel)
+    places = [attention_bwd] if alone else [attention_fwd, attention_bwd] if file == "common" else [attention]
     for place in places:
         for symbol in changed.__all__:
             if hasattr(place, symbol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -146,28 +147,49 @@ def test_tiles_shrink_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OutOfResources(0, 0, "shared memory")
 
     query = torch.zeros(1)
-    attention_config.run_best("forward", query, 64, "a mask", run)
+    attention_config.run_best("forward", query, 64, "", "a mask", run)
     assert tried == [Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 64, 8, 1)]
-    attention_config.run_best("forward", query, 64, "a mask", run)
+    attention_config.run_best("forward", query, 64, "", "a mask", run)
     assert tried[3:] == [Config(128, 64, 8, 1)]  # remembered
-    attention_config.run_best("forward", query, 64, "another", lambda config: run(config, 20))
+    attention_config.run_best("forward", query, 64, "", "another", lambda config: run(config, 20))
     assert tried[-1] == Config(32, 16, 8, 1)
     with pytest.raises(RuntimeError, match="no tiles of forward fit"):
-        attention_config.run_best("forward", query, 64, "a third", lambda config: run(config, 0))
+        attention_config.run_best("forward", query, 64, "", "a third", lambda config: run(config, 0))
 
 
-@pytest.mark.parametrize(("options", "features"), [({"causal": True, "window": 9}, 16), ({"softcap": 2.0}, 32)])
-def test_options_take_smaller_tiles_in_the_backward(
-    device: str, options: dict[str, Any], features: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("options", "dtype", "burden"),
+    [
+        ({"causal": True, "window": 9}, torch.float32, ""),
+        ({"softcap": 2.0}, torch.float32, " all"),
+        ({"softcap": 2.0}, torch.bfloat16, " one"),
+        ({"softcap": 2.0, "dropout_p": 0.1}, torch.float16, " all"),
+        ({"mask": torch.ones(5, 5, dtype=torch.bool)}, torch.float16, " all"),
+    ],
+)
+def test_options_take_smaller_tiles(
+    device: str, options: dict[str, Any], dtype: torch.dtype, burden: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, int] = {}
+    asked: dict[str, str] = {}
 
-    def note(name: str, query: Tensor, features: int, *rest: Any) -> None:
-        asked[name] = features
-        attention_config.run_best(name, query, features, *rest)
+    def note(name: str, query: Tensor, features: int, burden: str, *rest: Any) -> None:
+        asked[name] = burden
+        attention_config.run_best(name, query, features, burden, *rest)
 
     monkeypatch.setattr(attention_kernels, "run_best", note)
-    query, key, value = (t.requires_grad_() for t in _inputs(device, 5, 5))
+    options = {name: o.to(device) if isinstance(o, Tensor) else o for name, o in options.items()}
+    query, key, value = (t.requires_grad_() for t in _inputs(device, 5, 5, dtype))
     with ops.backend("triton"):
         torch.autograd.grad(ops.attention(query, key, value, **options).sum(), query)
-    assert asked == {"forward": 16, "grad_key_value": features, "grad_query": 16}
+    assert asked == dict.fromkeys(("forward", "grad_key_value", "grad_query"), burden)
+
+
+def test_every_call_has_tiles() -> None:
+    for target, kernel, burden in itertools.product(
+        attention_config.CONFIGS, ("forward", "grad_key_value", "grad_query"), ("", " one", " all")
+    ):
+        for size, features in itertools.product((2, 4), (16, 64, 128, 256)):
+            refused = size == 4 and (burden == " one" or (features == 256 and kernel != "forward"))
+            if not refused:
+                config = attention_config.tiles(target, kernel, size, features, burden)
+                assert config.block_m * config.block_n <= 128 * 128

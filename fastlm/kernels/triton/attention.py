@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from fastlm.kernels.triton.attention_bwd import attention_delta, attention_grad_key_value, attention_grad_query
-from fastlm.kernels.triton.attention_config import CONFIGS, Config, run_best
+from fastlm.kernels.triton.attention_config import CONFIGS, Config, burden, run_best, tiles
 from fastlm.kernels.triton.attention_fwd import attention_forward
 from fastlm.kernels.triton.shipped import Shipped, Work
 from fastlm.reference.attention import Options
@@ -80,6 +80,9 @@ class _Arguments:
             "BLOCK_DV": max(16, triton.next_power_of_2(value.shape[-1])),
             "PRECISION": _precision(query, self.features),
         }
+        self.burden = burden(
+            query.element_size(), mask is not None, sum(x is not None for x in (slopes, o.seed, o.softcap))
+        )
         # What, besides, decides how much memory a block needs.
         absent = (option is None for option in (slopes, o.seed, o.window, o.softcap))
         self.variant = (None if mask is None else mask.dtype, *absent, bool(o.causal), dim, value.shape[-1])
@@ -137,7 +140,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, o: Options) -> tuple[Te
         call.launch(attention_forward, config, blocks * call.batch * call.heads // together, PACK=pack)
 
     with _on(query):
-        run_best("forward", query, call.features, call.variant, run)
+        run_best("forward", query, call.features, call.burden, call.variant, run)
     return output, lse
 
 
@@ -177,13 +180,12 @@ def attention_backward(
     def of_queries(config: Config) -> None:
         call.launch(attention_grad_query, config, triton.cdiv(call.queries, config.block_m) * heads)
 
-    # What options add to a weight's gradient takes the registers that twice the features would.
-    laden = any(option is not None for option in (o.mask, o.alibi_slopes, o.seed, o.softcap))
-    as_of = min(call.features * (2 if laden else 1), 128 if query.dtype is torch.float32 else 256)
+    # In float32 what options add leaves registers for the parts of half as many features.
+    call.common["PRECISION"] = _precision(query, call.features * (2 if call.burden else 1))
     with _on(query):
         call.launch(attention_delta, _DELTA, triton.cdiv(call.queries, _DELTA.block_m) * heads)
-        run_best("grad_key_value", query, as_of, call.variant, of_keys)
-        run_best("grad_query", query, call.features, call.variant, of_queries)
+        run_best("grad_key_value", query, call.features, call.burden, call.variant, of_keys)
+        run_best("grad_query", query, call.features, call.burden, call.variant, of_queries)
     grad_sinks = None
     if o.sinks is not None:
         share = torch.exp(o.sinks.float()[:, None] - lse) * delta  # of [B,] H, T
@@ -193,53 +195,98 @@ def attention_backward(
 
 
 def shipped() -> Iterator[Shipped]:
-    """The defaults of every architecture for heads of 64, 128 and 256 features, causal; one not."""
+    """The defaults of every architecture for heads of 64, 128 and 256 features, causal; with one option, and with all
+    that go together, of which packed sequences have no mask."""
     sizes = (64, 128, 256)
-    half = [("bf16", d, True) for d in sizes]
+    half = [("bf16", d, "causal") for d in sizes]
     of_forward = [
         *half,
-        *(("fp32", d, True) for d in sizes),
-        ("fp16", 64, True),
-        ("fp16", 128, True),
-        ("bf16", 128, False),
+        *(("fp32", d, "causal") for d in sizes),
+        ("fp16", 64, "causal"),
+        ("fp16", 128, "causal"),
+        ("bf16", 128, ""),
+        ("fp32", 256, "causal all"),
     ]
-    of_gradients = [*half, ("fp32", 64, True), ("fp32", 128, True)]
-    for kernel, dtype, d, causal in [
-        *((attention_forward, *which) for which in of_forward),
-        *((kernel, *which) for kernel in (attention_grad_key_value, attention_grad_query) for which in of_gradients),
-        (attention_delta, "bf16", 128, False),
+    of_gradients = [*half, ("fp32", 64, "causal"), ("fp32", 128, "causal")]
+    of_all = [
+        *(("bf16", d, "causal dropout") for d in (64, 128)),
+        *(("bf16", d, "causal all") for d in sizes),
+        ("bf16", 128, "causal all packed"),
+        ("fp32", 64, "causal all"),
+        ("fp32", 128, "causal all"),
+    ]
+    for kernel, dtype, d, variant in [
+        *((attention_forward, *which) for which in (*of_forward, *of_all)),
+        *(
+            (kernel, *which)
+            for kernel in (attention_grad_key_value, attention_grad_query)
+            for which in (*of_gradients, *of_all)
+        ),
+        (attention_delta, "bf16", 128, ""),
     ]:
+        options = {name: _OPTIONS[name] for name in _VARIANTS[variant]}
+        load = burden(_BYTES[dtype], "MASK" in options, len({"SLOPES", "SEED", "softcap"} & options.keys()))
         targets: dict[tuple[Config, str], list[str]] = {}
-        for target, known in CONFIGS.items():
-            config = known[_TABLE[kernel], _BYTES[dtype]][sizes.index(d)] if kernel in _TABLE else _DELTA
-            precision = "tf32x3" if dtype == "fp32" and d <= 128 and target.startswith("sm") else "ieee"
+        for target in CONFIGS:
+            config = tiles(target, _TABLE[kernel], _BYTES[dtype], d, load) if kernel in _TABLE else _DELTA
+            features = 2 * d if load and kernel is not attention_forward else d  # see `attention_backward`
+            precision = "tf32x3" if dtype == "fp32" and features <= 128 and target.startswith("sm") else "ieee"
             targets.setdefault((config, precision), []).append(target)
         for (config, precision), which in targets.items():
-            yield _shipped(kernel, dtype, d, causal, config, precision, tuple(which))
+            yield _shipped(kernel, dtype, d, variant, config, precision, tuple(which), options)
 
 
+_VARIANTS = {
+    "": (),
+    "causal": (),
+    "causal dropout": ("SINKS", "SEED", "window"),
+    "causal all": ("SINKS", "MASK", "SLOPES", "SEED", "window", "softcap"),
+    "causal all packed": ("SINKS", "SLOPES", "SEED", "STARTS_Q", "STARTS_K", "window", "softcap"),
+}
+"""What the calls of the report have, by the name that it goes by there."""
 _TABLE = {
     attention_forward: "forward",
     attention_grad_key_value: "grad_key_value",
     attention_grad_query: "grad_query",
 }
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_OPTIONS = {
+    "SINKS": "*fp32",
+    "MASK": "*fp32",
+    "SLOPES": "*fp32",
+    "SEED": "*i64",
+    "STARTS_Q": "*i32",
+    "STARTS_K": "*i32",
+    "window": "i32",
+    "softcap": "fp32",
+}
+"""What a call may have besides, and its type."""
 _FLOAT32 = ("LSE", "DELTA", "DLSE")
 _PRODUCTS = {"forward": (1, 1), "grad_key_value": (2, 2), "grad_query": (2, 1)}  # over D and over Dv
 
 
 def _shipped(
-    kernel: Any, dtype: str, d: int, causal: bool, config: Config, precision: str, targets: tuple[str, ...]
+    kernel: Any,
+    dtype: str,
+    d: int,
+    variant: str,
+    config: Config,
+    precision: str,
+    targets: tuple[str, ...],
+    options: Mapping[str, str],
 ) -> Shipped:
-    options = ("SINKS", "MASK", "SLOPES", "SEED", "STARTS_Q", "STARTS_K", "DLSE", "window", "softcap")
+    absent = {*_OPTIONS, "DLSE"} - {*options}
     constants = {
-        **dict.fromkeys(options), "GROUP": 1, "PACK": False, "CAUSAL": causal, "TOP_LEFT": False,
-        "D": d, "DV": d, "BLOCK_D": d, "BLOCK_DV": d, "PRECISION": precision, **config.blocks(kernel.arg_names),
+        **dict.fromkeys(absent), "GROUP": 4 if options else 1, "PACK": False, "TOP_LEFT": False,
+        "CAUSAL": "causal" in variant, "D": d, "DV": d, "BLOCK_D": d, "BLOCK_DV": d, "PRECISION": precision,
+        **config.blocks(kernel.arg_names),
     }  # fmt: skip
     constants = {name: constant for name, constant in constants.items() if name in kernel.arg_names}
     signature = {}
     for name in kernel.arg_names:
-        if name.isupper() and name not in constants:
+        if name in options:
+            signature[name] = options[name]
+        elif name.isupper() and name not in constants:
             signature[name] = "*fp32" if name in _FLOAT32 else f"*{dtype}"
         elif name not in constants:
             signature[name] = "i64" if name.startswith("stride") else "i32"
@@ -251,9 +298,9 @@ def _shipped(
         read = config.block_m if table == "grad_key_value" else config.block_n
         flops = 2.0 * tile * d * sum(_PRODUCTS[table])
         work = Work(tensor_flops=flops, exponentials=tile, bytes=2 * read * d * _BYTES[dtype])
-    name = f"{kernel.__name__} {dtype} d{d}{' causal' if causal else ''} {' '.join(targets)}"
+    name = " ".join((kernel.__name__, dtype, f"d{d}", *variant.split(), *targets))
     # What decides the forward's speed; small blocks of the others may do without.
-    must = ("wgmma", "tcgen05") if table == "forward" and dtype != "fp32" and d <= 128 else ()
+    must = ("wgmma", "tcgen05") if table == "forward" and not options and dtype != "fp32" and d <= 128 else ()
     return Shipped(
         name, kernel, signature, constants, config.num_warps, config.num_stages, targets, tuple(aligned), work, must
     )

@@ -1,7 +1,8 @@
 """Tile sizes of the attention kernels: defaults per architecture, so that a first call compiles one kernel.
 
-They are the largest tiles that spill nothing, by `python -m bench gpu-static`. FASTLM_AUTOTUNE=1 measures instead, once
-for each kernel, head size and kind of number, the few that are the default of some architecture.
+They are tiles that spill nothing, by `python -m bench gpu-static`, for calls without options, with one and with all.
+FASTLM_AUTOTUNE=1 measures instead, once for each kernel, head size and kind of number, the few that are the default of
+some architecture.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["CONFIGS", "Config", "architecture", "run_best"]
+__all__ = ["CONFIGS", "Config", "architecture", "burden", "run_best", "tiles"]
 
 
 class Config(NamedTuple):
@@ -39,7 +40,7 @@ class Config(NamedTuple):
 
 _C = Config
 
-# By kernel, bytes of a number, and features of a head up to: 64, 128, 256.
+# By kernel, bytes of a number, and features of a head up to: 64, 128, 256. "one", "all": see `burden`.
 CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, ...]]] = {
     "sm_80": {
         ("forward", 2): (_C(128, 32, 4, 3), _C(128, 64, 8, 3), _C(64, 32, 8, 2)),
@@ -49,6 +50,15 @@ CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, ...]]] = {
         # Registers do not hold the sums of 256 features in float32.
         ("grad_key_value", 4): (_C(32, 16, 8, 1), _C(16, 16, 8, 1)),
         ("grad_query", 4): (_C(32, 32, 8, 1), _C(16, 16, 8, 1)),
+        ("forward one", 2): (_C(64, 64, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 1)),
+        ("grad_key_value one", 2): (_C(32, 64, 8, 1), _C(32, 32, 8, 1), _C(16, 16, 8, 2)),
+        ("grad_query one", 2): (_C(64, 64, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 1)),
+        ("forward all", 2): (_C(64, 64, 8, 1), _C(64, 32, 8, 1), _C(32, 32, 8, 1)),
+        ("grad_key_value all", 2): (_C(32, 32, 8, 1), _C(16, 32, 8, 1), _C(16, 16, 8, 2)),
+        ("grad_query all", 2): (_C(64, 32, 8, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1)),
+        ("forward all", 4): (_C(32, 32, 8, 1), _C(16, 16, 8, 1), _C(16, 16, 8, 1)),
+        ("grad_key_value all", 4): (_C(16, 16, 8, 1), _C(16, 16, 8, 1)),
+        ("grad_query all", 4): (_C(32, 16, 8, 1), _C(16, 16, 8, 1)),
     },
     "sm_86": {
         ("forward", 2): (_C(128, 32, 4, 3), _C(128, 64, 8, 2), _C(64, 32, 8, 1)),
@@ -59,6 +69,7 @@ CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, ...]]] = {
         ("grad_key_value", 2): (_C(64, 128, 8, 2), _C(32, 128, 8, 3), _C(32, 32, 8, 2)),
         ("grad_query", 2): (_C(128, 64, 8, 2), _C(128, 64, 8, 2), _C(64, 32, 8, 2)),
         ("forward", 4): (_C(64, 32, 4, 2), _C(32, 16, 8, 1), _C(16, 16, 8, 1)),
+        ("forward one", 2): (_C(128, 64, 8, 2), _C(128, 32, 8, 2), _C(32, 32, 8, 1)),
     },
     "sm_100": {
         ("forward", 2): (_C(128, 128, 8, 2), _C(128, 128, 8, 3), _C(128, 32, 8, 2)),
@@ -70,6 +81,15 @@ CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, ...]]] = {
         ("forward", 2): (_C(128, 64, 4, 1), _C(128, 64, 4, 1), _C(64, 32, 4, 1)),
         ("grad_key_value", 2): (_C(64, 64, 4, 1), _C(32, 64, 4, 1), _C(16, 32, 4, 1)),
         ("grad_query", 2): (_C(64, 64, 4, 1), _C(64, 32, 4, 1), _C(32, 32, 4, 1)),
+        **{
+            (f"{kernel} {burden}", 2): configs
+            for burden in ("one", "all")
+            for kernel, configs in (
+                ("forward", (_C(128, 64, 4, 1), _C(128, 64, 4, 1), _C(64, 32, 4, 1))),
+                ("grad_key_value", (_C(64, 64, 4, 1), _C(32, 64, 4, 1), _C(16, 32, 4, 1))),
+                ("grad_query", (_C(64, 64, 4, 1), _C(64, 32, 4, 1), _C(32, 32, 4, 1))),
+            )
+        },
     },
 }
 for _name, _own in CONFIGS.items():
@@ -92,6 +112,19 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if (major, minor) == (8, 0) else "sm_86"
 
 
+def burden(size: int, mask: bool, others: int) -> str:
+    """Which tiles a call takes: " one" with one of slopes, dropout and softcap, " all" with several, a mask, or any in
+    float32, "" else. What they add to a score takes registers; these tiles hold it."""
+    if mask or others > 1 or (others and size == 4):
+        return " all"
+    return " one" if others else ""
+
+
+def tiles(target: str, kernel: str, size: int, features: int, burden: str) -> Config:
+    """The default of an architecture for numbers of `size` bytes, heads of so many features, and a `burden`."""
+    return CONFIGS[target][kernel + burden, size][0 if features <= 64 else 1 if features <= 128 else 2]
+
+
 def _smaller(config: Config) -> Iterator[Config]:
     """The configuration and, for calls whose options need more shared memory than there is, ever smaller ones."""
     yield config
@@ -110,24 +143,25 @@ def _time(run: Callable[[Config], None], config: Config) -> float:
         return float("inf")
 
 
-def _first(kernel: str, query: Tensor, features: int, run: Callable[[Config], None]) -> Config:
+def _first(kernel: str, query: Tensor, features: int, burden: str, run: Callable[[Config], None]) -> Config:
     if not query.is_cuda:
         return _INTERPRETED
-    row, size = (kernel, query.element_size()), 0 if features <= 64 else 1 if features <= 128 else 2
+    call = kernel, query.element_size(), features, burden
     if os.environ.get("FASTLM_AUTOTUNE") != "1":
-        return CONFIGS[architecture(query.device)][row][size]
-    known = dict.fromkeys(configs[row][size] for configs in CONFIGS.values())
-    return min(known, key=functools.partial(_time, run))
+        return tiles(architecture(query.device), *call)
+    return min(dict.fromkeys(tiles(target, *call) for target in CONFIGS), key=functools.partial(_time, run))
 
 
-def run_best(kernel: str, query: Tensor, features: int, variant: Hashable, run: Callable[[Config], None]) -> None:
+def run_best(
+    kernel: str, query: Tensor, features: int, burden: str, variant: Hashable, run: Callable[[Config], None]
+) -> None:
     """Runs a kernel ("forward", "grad_key_value", "grad_query") in the best known way for such tensors.
 
-    `features` are those of a head, as a power of two, and `variant` what else is compiled into the kernel. `run` may be
-    called several times.
+    `features` are those of a head, as a power of two; `burden`: see `tiles`; `variant` is what else is compiled into
+    the kernel. `run` may be called several times.
     """
     key = (kernel, query.device, query.dtype, features, variant)
-    for config in _smaller(_chosen.get(key) or _first(kernel, query, features, run)):
+    for config in _smaller(_chosen.get(key) or _first(kernel, query, features, burden, run)):
         try:
             run(config)
         except OutOfResources:
