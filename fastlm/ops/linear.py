@@ -59,7 +59,7 @@ def _cpu_group(
         if not isinstance(weight, QuantizedTensor):
             calls.append((weight, _CODES[weight.dtype], weight.shape[0], bias))
         elif _integer(weight, compute):
-            rounding = 1 if reference.rounding_bits(input.shape) == 8 else 2
+            rounding = kernel.rounding_for(reference.rounding_bits(input.shape))
             calls.append((weight.interleaved(), weight.code, weight.shape[0], bias))
         else:
             calls.append((weight.data, weight.code, weight.shape[0], bias))
@@ -223,7 +223,8 @@ def linear(
         bias: [N] or None.
         compute: for the Q kinds. "exact" multiplies the input with the dequantised weights and sums in float32.
             "fast" may round the input for integer products: to 15 bits by blocks of 32 for up to 16 tokens of a
-            sequence (next to nothing is lost), to 8 bits by blocks of 16 for more (`fastlm.reference.linear`).
+            sequence (next to nothing is lost), to 8 bits by blocks of 16 for more (`fastlm.reference.linear`), or to
+            15 as well where the processor multiplies tiles of bytes (AMX): as fast there.
 
     Returns:
         [..., N] in the input's dtype.

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastlm.kernels import native
 from fastlm.kernels.cpu.memory import CPU, take
 
-__all__ = ["CPU", "dequantize_rows", "interleave", "linear"]
+__all__ = ["CPU", "dequantize_rows", "interleave", "linear", "rounding_for"]
 
 
 def interleave(weight: Tensor, code: int, outputs: int, columns: int) -> Tensor:
@@ -22,6 +22,11 @@ def interleave(weight: Tensor, code: int, outputs: int, columns: int) -> Tensor:
         packed = take(module.interleaved_bytes(outputs, columns, code))
         module.interleave(weight.data_ptr(), packed.data_ptr(), outputs, columns, code, native.num_threads())
     return packed
+
+
+def rounding_for(bits: int) -> int:
+    """The `rounding` that keeps 8 or 15 bits; where there are tiles of bytes (AMX), 15 in any case: as fast there."""
+    return 1 if bits == 8 and not native.CPU.require().matmul_tiles() else 2
 
 
 def linear(
