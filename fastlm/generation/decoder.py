@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 
 from fastlm.generation.draft import Draft
-from fastlm.generation.engine import Engine, FinishReason, Token
+from fastlm.generation.engine import FinishReason, Token
+from fastlm.generation.kept import Kept
 from fastlm.generation.params import SamplingParams, as_ids
 from fastlm.models.base import CausalLM
 
@@ -29,6 +30,7 @@ class Decoder:
         capture: record the decode step and replay it where that is possible; False runs every step op by op.
         draft: guesses `params.draft_tokens` tokens ahead of a single row; None: `draft_model`, or prompt lookup.
         kv_dtype, draft_model: as for `Engine`.
+        kept: where the engine comes from, and goes back to when all rows have ended; None: a new one.
 
     Raises:
         ValueError: `kv_dtype` or `draft_model` does not fit the model; a prompt is empty, has ids outside the
@@ -47,6 +49,7 @@ class Decoder:
         draft: Draft | None = None,
         kv_dtype: torch.dtype | None = None,
         draft_model: CausalLM | None = None,
+        kept: Kept | None = None,
     ) -> None:
         rows = as_ids(prompts)
         context = model.config.context_length
@@ -63,7 +66,8 @@ class Decoder:
         if len(sequences) != len(rows):
             raise ValueError(f"sequences: {len(sequences)} given for {len(rows)} prompts")
         longest = max(len(prompt) for prompt in rows) + params.max_new_tokens
-        self._engine = Engine(
+        self._kept = kept or Kept()
+        self._engine = self._kept.take(
             model,
             rows=len(rows),
             max_length=longest if context is None else min(context, longest),
@@ -74,11 +78,12 @@ class Decoder:
         )
         for prompt, sequence in zip(rows, sequences, strict=True):
             self._engine.submit(prompt, params, sequence=sequence, draft=draft)
+        self._ended = False
 
     @property
     def active(self) -> tuple[int, ...]:
         """Rows that have not ended."""
-        return self._engine.active
+        return () if self._ended else self._engine.active
 
     @property
     def why_not_captured(self) -> str | None:
@@ -87,11 +92,20 @@ class Decoder:
 
     def cancel(self, row: int) -> None:
         """Ends a row from outside (its stop string came): it takes no part in further steps."""
-        self._engine.cancel(row)
+        if not self._ended:
+            self._engine.cancel(row)
+            self._give_back()
 
     def step(self, ahead: int = 1) -> list[Token]:
         """Samples the next token of every active row; arguments and result as of `Engine.step`."""
-        return self._engine.step(ahead)
+        tokens = [] if self._ended else self._engine.step(ahead)
+        self._give_back()
+        return tokens
+
+    def _give_back(self) -> None:
+        if not self._ended and not self._engine.active:
+            self._ended = True
+            self._kept.give(self._engine)
 
 
 def _occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:

@@ -37,10 +37,8 @@ class ModelDraft:
         model: in eval mode.
         params: the request's options, its seed among them; greedy if None.
         sequence: of the request's random numbers.
-        max_length: tokens the draft can read; None: its own context. Beyond, it makes no guesses.
-
-    Raises:
-        ValueError: `max_length` is more than the model can have.
+        engine: of the model, as `ModelDraft.engine` makes one; None: one of its own. Several drafts can have one, which
+            then reads a text anew whenever another one has had it.
     """
 
     _REHEARSAL = 48  # tokens that a rehearsal reads
@@ -52,17 +50,30 @@ class ModelDraft:
         params: SamplingParams | None = None,
         *,
         sequence: int = 0,
-        max_length: int | None = None,
+        engine: Engine | None = None,
     ) -> None:
         params = params or SamplingParams(temperature=0.0)
         # It never ends by itself, and does not guess in its turn.
         self._model = model
         self._params = replace(params, max_new_tokens=2**31, stop=(), logprobs=False, draft_tokens=0)
         self._sequence = sequence
-        self._room = max_length or model.config.context_length
-        self._engine = Engine(model, rows=1, max_length=self._room, rewritable=True)
+        self._engine = engine or self.engine(model)
+        self._room = self._engine.max_length
+        self._number = -1
         self._rehearsed = 0
         self._read = 0
+
+    @staticmethod
+    def engine(model: CausalLM, max_length: int | None = None) -> Engine:
+        """An engine for drafts by a model.
+
+        Args:
+            max_length: tokens it can read; None: its own context. Beyond, there are no guesses.
+
+        Raises:
+            ValueError: `max_length` is more than the model can have.
+        """
+        return Engine(model, rows=1, max_length=max_length or model.config.context_length, rewritable=True)
 
     def rehearse(self, ids: Sequence[int], prompt_length: int, count: int) -> Rehearsal:
         """What the model would have said at every place since, in one reading of the text's last part."""
@@ -105,10 +116,12 @@ class ModelDraft:
             return []
         self._rehearsed = self._read = len(ids)
         engine = self._engine
-        if engine.active:
-            engine.rewrite(0, ids)
+        if self._number in engine.active:
+            engine.rewrite(self._number, ids)
         else:
-            engine.submit(ids, self._params, sequence=self._sequence)
+            for other in engine.active:
+                engine.cancel(other)
+            self._number = engine.submit(ids, self._params, sequence=self._sequence)
         guesses: list[int] = []
         while len(guesses) < count:
             guesses += [token.id for token in engine.step(count - len(guesses))]

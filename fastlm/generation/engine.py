@@ -101,6 +101,7 @@ class Engine:
         self._count = 0
         self._recordings = Recordings(model, self._state, self._stop_ids, self._max_length, capture=capture)
         self._pace = Pace()
+        self._drafting: Engine | None = None  # of `draft_model`
         # A recurrent state cannot be shortened: what it was after so many tokens.
         self._marks: dict[int, Callable[[], None]] | None = (
             {} if rewritable and not isinstance(self._state, KVCache) else None
@@ -110,6 +111,25 @@ class Engine:
     def active(self) -> tuple[int, ...]:
         """Numbers of the requests that have not ended, those that wait among them."""
         return tuple(request.number for request in (*self._active, *self._waiting))
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens a request can hold, prompt included; None: as many as there is memory for."""
+        return self._max_length
+
+    def holds(self, rows: int, max_length: int) -> bool:
+        """Whether nothing is under way, and there is room for so many requests of so many tokens. Numbers of requests
+        then begin at 0 again."""
+        if self.active or len(self._held) < rows or (self._max_length is not None and self._max_length < max_length):
+            return False
+        self._count = 0
+        return True
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes reserved for KV caches, the draft's included."""
+        own = self._state.nbytes if isinstance(self._state, KVCache) else 0
+        return own + (0 if self._drafting is None else self._drafting.state_bytes)
 
     @property
     def why_not_captured(self) -> str | None:
@@ -156,8 +176,10 @@ class Engine:
             return PromptLookup(ids)
         from fastlm.generation.draft_model import ModelDraft  # which is an engine itself
 
-        limits = [n for n in (self._max_length, self._draft_model.config.context_length) if n is not None]
-        return ModelDraft(self._draft_model, params, sequence=sequence, max_length=min(limits, default=None))
+        if self._drafting is None:
+            limits = [n for n in (self._max_length, self._draft_model.config.context_length) if n is not None]
+            self._drafting = ModelDraft.engine(self._draft_model, min(limits, default=None))
+        return ModelDraft(self._draft_model, params, sequence=sequence, engine=self._drafting)
 
     @torch.inference_mode()
     def rewrite(self, number: int, ids: Sequence[int]) -> None:
@@ -226,6 +248,8 @@ class Engine:
         self._free.remove(slot)
         request.slot = slot
         self._pace.join()
+        if self._marks is not None:
+            self._marks.clear()
         state = self._state.row(slot)
         state.reset()
         state.lengths.fill_(known)

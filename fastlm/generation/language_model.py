@@ -16,6 +16,7 @@ from fastlm.data.tokenizer import Tokenizer
 from fastlm.generation.decoder import Decoder, FinishReason
 from fastlm.generation.draft_model import DRAFT_TOKENS, quantized_copy
 from fastlm.generation.engine import Engine
+from fastlm.generation.kept import Kept
 from fastlm.generation.params import SamplingOptions, SamplingParams
 from fastlm.generation.text import TextAssembler
 from fastlm.models.base import CausalLM
@@ -61,6 +62,8 @@ class LanguageModel:
     `kv_dtype` is what generation keeps keys and values in, as in `CausalLM.make_state`. A `draft_model` of the same
     vocabulary guesses `draft_tokens` tokens ahead of a single prompt (3 if that option is not given): the same text,
     sooner where it guesses well.
+
+    The KV cache and the recorded steps of the last call serve the next one, unless the model has changed meanwhile.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class LanguageModel:
         self.kv_dtype = kv_dtype
         self.draft_model = None if draft_model is None else draft_model.eval()
         Engine(model, rows=1, max_length=1, kv_dtype=kv_dtype, draft_model=draft_model)  # refused now, if at all
+        self._kept = Kept()
         self._tokenizer = tokenizer
         self.metadata = dict(metadata or {})
 
@@ -224,6 +228,7 @@ class LanguageModel:
             stop_ids=self.stop_ids,
             kv_dtype=self.kv_dtype,
             draft_model=self.draft_model,
+            kept=self._kept,
         )
 
     def _assembler(self, params: SamplingParams) -> TextAssembler:

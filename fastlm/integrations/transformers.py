@@ -41,7 +41,9 @@ from fastlm.checkpoints import CheckpointError
 from fastlm.checkpoints.hf import from_state
 from fastlm.generation import Decoder, SamplingParams
 from fastlm.generation.draft_model import DRAFT_TOKENS, quantized_copy
+from fastlm.generation.kept import Kept
 from fastlm.generation.params import SamplingOptions
+from fastlm.kernels.cpu.memory import collapse
 from fastlm.models import CausalLM
 
 __all__ = ["attention_forward", "convert", "generate"]
@@ -88,7 +90,7 @@ AttentionMaskInterface.register("fastlm", sdpa_mask)
 
 
 # What was made of each model, and of which state of its weights.
-_converted: weakref.WeakKeyDictionary[PreTrainedModel, dict[str | None, tuple[list[Any], CausalLM]]] = (
+_converted: weakref.WeakKeyDictionary[PreTrainedModel, dict[str | None, tuple[list[Any], CausalLM, Kept]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -110,7 +112,7 @@ def convert(model: PreTrainedModel, weights: str | None = None) -> CausalLM:
     marks = [(name, t.data_ptr(), 0 if t.is_inference() else t._version) for name, t in state.items()]
     held = _converted.setdefault(model, {})
     if weights not in held or held[weights][0] != marks:
-        held[weights] = (marks, from_state(model.config.to_dict(), state, kind=weights))
+        held[weights] = (marks, from_state(model.config.to_dict(), state, kind=weights), Kept())
     return held[weights][1]
 
 
@@ -174,7 +176,10 @@ def generate(
     options["draft_tokens"] = draft_tokens if draft_tokens is not None else DRAFT_TOKENS if draft else 0
     params = SamplingParams.of(**options)
     guess = _draft(ours, draft) if options["draft_tokens"] else None
-    decoder = Decoder(ours, [row.tolist() for row in prompts], params, stop_ids=stops, draft_model=guess)
+    kept = _converted[model][weights][2]
+    if kept.used == 1 and weights is None:  # it pays within a few hundred tokens: not for a single call
+        collapse(model.state_dict().values())
+    decoder = Decoder(ours, [row.tolist() for row in prompts], params, stop_ids=stops, draft_model=guess, kept=kept)
     rows: list[list[int]] = [[] for _ in prompts]
     while decoder.active:
         for token in decoder.step(1 if streamer is not None else 16):

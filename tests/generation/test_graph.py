@@ -21,7 +21,7 @@ from fastlm.generation.graph import Graph, sampling_device
 from fastlm.generation.lanes import Lanes
 from fastlm.kernels import native
 from fastlm.models.base import CausalLM
-from fastlm.ops.attention_decode import ATTENTION_DECODE, _torch_run
+from fastlm.ops.attention_decode import _CALLS, ATTENTION_DECODE, _torch_run
 from fastlm.ops.checks import usable_device
 from fastlm.ops.registry import Implementation, always
 
@@ -42,6 +42,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[CudaGraph]:
     monkeypatch.setattr(native.CPU, "module", None)
     monkeypatch.setattr(native.CPU, "error", "not for a device")
     monkeypatch.setattr(ATTENTION_DECODE, "implementations", (Implementation("torch", _torch_run, always),))
+    _CALLS.clear()  # what was chosen for a CPU
     return install(monkeypatch)
 
 

@@ -254,7 +254,7 @@ def test_a_draft_says_what_its_model_would_wherever_the_text_goes(
         guesses = draft.propose(ids, count)
         assert guesses == fresh(ids, count)
         ids = ids + guesses[:right] + [(guesses[right] + 1 if right < count else 7) % VOCAB, *range(2, more + 1)]
-    assert ModelDraft(model, params, max_length=10).propose(list(range(8)), 3) == []
+    assert ModelDraft(model, params, engine=ModelDraft.engine(model, 10)).propose(list(range(8)), 3) == []
 
 
 def test_a_draft_of_another_vocabulary_is_refused() -> None:

@@ -59,3 +59,28 @@ def test_threads_never_share_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         taken = [t for some in pool.map(lambda _: [memory.take(640) for _ in range(100)], range(8)) for t in some]
     starts = sorted(t.data_ptr() for t in taken)
     assert all(b - a >= 640 for a, b in pairwise(starts))
+
+
+def test_collapsing_keeps_contents_and_addresses() -> None:
+    sizes = (0, 1, 5000, 3 << 20, 40 << 20)
+    tensors = [torch.arange(size, dtype=torch.int32).view(torch.float32) for size in sizes]
+    before = [(t.data_ptr(), t.clone()) for t in tensors]
+    memory.collapse([*tensors, torch.empty(4, device="meta")])
+    for tensor, (address, content) in zip(tensors, before, strict=True):
+        assert tensor.data_ptr() == address and torch.equal(tensor.view(torch.int32), content.view(torch.int32))
+
+
+def test_collapsing_makes_huge_pages() -> None:
+    release = Path("/proc/sys/kernel/osrelease")
+    if not release.exists() or tuple(map(int, release.read_text().split(".")[:2])) < (6, 1):
+        pytest.skip("MADV_COLLAPSE came with Linux 6.1")
+    mapping = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping.madvise(mmap.MADV_NOHUGEPAGE)
+    tensor = torch.frombuffer(mapping, dtype=torch.uint8).fill_(3)
+    middle = tensor.data_ptr() + len(tensor) // 2
+    assert huge_kilobytes(middle) == 0
+    mapping.madvise(mmap.MADV_HUGEPAGE)  # what is there stays as it is
+    memory.collapse([tensor])
+    if huge_kilobytes(middle) == 0:
+        pytest.skip("this kernel gives no huge pages")
+    assert huge_kilobytes(middle) >= 32 << 10 and bool((tensor == 3).all())
