@@ -30,6 +30,7 @@ __all__ = [
     "differentiable_once",
     "needs_grad",
     "opaque_kernel_why_not",
+    "plain",
     "tracing",
     "triton_float_why_not",
     "triton_kernel",
@@ -127,7 +128,12 @@ def triton_kernel(module: str, name: str) -> Callable[..., Any]:
 
 def undisturbed() -> bool:
     """Whether this is plain inference: no gradients, nothing that traces or transforms, no backend forced."""
-    return not (tracing() or torch.is_grad_enabled()) and choosing() and _transform() is None
+    return not torch.is_grad_enabled() and plain()
+
+
+def plain() -> bool:
+    """Whether nothing traces or transforms, and no backend is forced."""
+    return not tracing() and choosing() and _transform() is None
 
 
 def _transform() -> str | None:

@@ -468,3 +468,47 @@ def test_explain() -> None:
     assert explanation.chosen == "cpu"
     reasons = dict(ops.explain("sample", torch.zeros(1, 8, device="meta")).reasons)
     assert reasons["cpu"] == "logits are on meta"
+
+
+def _reference(logits: Tensor, **options: Any) -> Tensor:
+    with ops.backend("reference"):
+        return ops.sample(logits, **options)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(1, 300), (3, 300)])
+def test_the_same_call_again_gives_what_the_first_would(shape: tuple[int, int]) -> None:
+    """What was found out for the same options is used again; everything else is looked at anew."""
+    logits = torch.randn(shape) * 3
+    base: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
+    changes: list[dict[str, Any]] = [{}, {"top_k": 2}, {"min_p": 0.2}, {"seed": 4}, {"sequence": 9}, {"temperature": 2}]
+    for changed in (*changes, {"logit_bias": {5: 50.0}}, *changes):
+        for position in (0, 7, 2**32 - 1):
+            options = {**base, **changed, "position": position}
+            for values in (logits, -logits, logits.double(), torch.randn(shape[1], shape[0]).T):
+                assert torch.equal(ops.sample(values, **options), _reference(values, **options)), options
+
+
+@needs_native
+def test_the_same_call_again_still_refuses() -> None:
+    logits = torch.randn(2, 50)
+    for _ in range(2):
+        ops.sample(logits, seed=1, position=3)
+    for position in (-1, 2**32, 0.5):
+        with pytest.raises(ValueError, match="sample: position is"):
+            ops.sample(logits, seed=1, position=position)
+    logits[1, 4] = torch.nan
+    with pytest.raises(ValueError, match="sample: row 1: the logit of token 4 is NaN"):
+        ops.sample(logits, seed=1, position=3)
+    with pytest.raises(TypeError, match="sample: top_k is a list"):
+        ops.sample(logits, top_k=[1], position=3)  # type: ignore[arg-type]
+
+
+@needs_native
+def test_options_in_tensors_are_read_each_time() -> None:
+    logits = torch.randn(2, 50)
+    top_k = torch.tensor([1, 1])
+    first = ops.sample(logits, top_k=top_k, temperature=5.0, seed=1, position=3)
+    top_k[:] = 0
+    again = [ops.sample(logits, top_k=top_k, temperature=5.0, seed=1, position=at) for at in range(20)]
+    assert any(not torch.equal(first, other) for other in again)

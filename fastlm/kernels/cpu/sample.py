@@ -12,7 +12,7 @@ from fastlm.kernels import native
 from fastlm.reference import sample as reference
 from fastlm.reference.sample import Option
 
-__all__ = ["arguments", "run", "why_not"]
+__all__ = ["Call", "arguments", "run", "why_not"]
 
 
 def why_not(logits: Tensor, *_: object) -> str | None:
@@ -74,6 +74,28 @@ def arguments(
         x.data_ptr(), x.stride(0), *x.shape, reals, real_rows, integers, integer_rows,
         bias_address, bias_stride, history_address, history_stride, length, tokens.data_ptr(),
     )  # fmt: skip
+
+
+class Call:
+    """`sample` with the same shape and options once more, which have been checked: numbers, but for `sequence`."""
+
+    def __init__(self, logits: Tensor, options: Sequence[Option]) -> None:
+        self._alive: list[Tensor] = []
+        self._batch = len(logits)
+        reals, real_rows = _split(options[:6], torch.float64, logits.device, self._alive)
+        integers, integer_rows = _split((*options[6:], 0, 0), torch.int64, logits.device, self._alive)
+        self._sizes = logits.stride(0), *logits.shape, reals, real_rows
+        self._integers, self._integer_rows = integers[:3], integer_rows
+        self._kernel = native.CPU.require().sample
+
+    def __call__(self, logits: Tensor, position: int) -> Tensor | None:
+        """The tokens [B]; None where a row is refused."""
+        tokens = torch.empty(self._batch, dtype=torch.int64)
+        refused = self._kernel(
+            logits.data_ptr(), *self._sizes, [*self._integers, position, 0, 0], self._integer_rows,
+            0, 0, 0, 0, 0, tokens.data_ptr(), native.num_threads(),
+        )  # fmt: skip
+        return tokens if refused < 0 else None
 
 
 def run(
