@@ -44,40 +44,50 @@ FASTLM_INLINE void split(vf low, vf high, vu (&words)[Parts]) {
   }
 }
 
-// The product of 16 rows and two panels, as two sums: of the products of first parts, and of all others. So those, smaller
-// by 2^-8 at least, are not rounded at the size of the whole: the result has a sixth of the roundings.
+// The product of 16 rows and two panels, or of 32 rows and one, as two sums: of the products of first parts, and of all
+// others. So those, smaller by 2^-8 at least, are not rounded at the size of the whole: the result has a sixth of the
+// roundings.
 struct TileSums {
-  alignas(64) float first[kTile * 2 * kTile];  // [row][column]
+  alignas(64) float first[kTile * 2 * kTile];  // [row][column] of 32 columns, or of 16
   alignas(64) float others[kTile * 2 * kTile];
 
-  FASTLM_MEMBER vf at(int64_t row, int64_t column) const {
-    const int64_t i = row * 2 * kTile + column;
+  FASTLM_MEMBER vf at(int64_t row, int64_t column, int64_t columns = 2 * kTile) const {
+    const int64_t i = row * columns + column;
     return load(first + i) + load(others + i);
   }
 };
 
+// Another tile's distance, in words: of b, or of a where there are 32 rows.
+struct Second {
+  int64_t a, b;
+};
+
 template <int Parts>
-static __attribute__((noinline)) void plain_product(const uint32_t* a, const uint32_t* b, int64_t panel, int64_t steps,
+static __attribute__((noinline)) void plain_product(const uint32_t* a, const uint32_t* b, Second second, int64_t steps,
                                                     int64_t rows, TileSums& sums) {
-  constexpr int kVectors = kTile / kLanes;
+  constexpr int kPairs[6][2] = {{0, 0}, {0, 2}, {0, 1}, {1, 1}, {1, 0}, {2, 0}};
+  const int64_t stride = second.a ? kTile : 2 * kTile;
   std::memset(&sums, 0, sizeof(sums));
-  for (int64_t s = 0; s < steps; ++s, a += kParts * kTileWords, b += Parts * kTileWords)
-    for (int j = 0; j < Parts; ++j)
-      for (int i = 0; i < kParts && i + j < kParts; ++i)
+  for (int64_t half = 0; half < 2; ++half)
+    for (int64_t s = 0; s < steps; ++s)
+      for (const auto& [i, j] : kPairs) {
+        if (j >= Parts) continue;
+        const uint32_t* const left = a + (second.a ? half * second.a : 0) + (s * kParts + i) * kTileWords;
+        const uint32_t* const right = b + (second.a ? 0 : half * second.b) + (s * Parts + j) * kTileWords;
+        float* const to = (i + j == 0 ? sums.first : sums.others) + half * (second.a ? kTileWords : kTile);
         for (int64_t r = 0; r < rows; ++r)
-          for (int v = 0; v < 2 * kVectors; ++v) {
-            const uint32_t* const from = b + v / kVectors * panel + j * kTileWords + v % kVectors * kLanes;
+          for (int64_t v = 0; v < kTile; v += kLanes) {
             vf sum = {};
             for (int64_t p = 0; p < kTile; ++p) {
-              const uint32_t word = a[(i * kTile + r) * kTile + p];
+              const uint32_t word = left[r * kTile + p];
               vu other;
-              std::memcpy(&other, from + p * kTile, sizeof(other));
+              std::memcpy(&other, right + p * kTile + v, sizeof(other));
               sum += (vf)(other << 16) * float_of(word << 16);
               sum += (vf)(other & 0xffff0000) * float_of(word & 0xffff0000);
             }
-            float* const to = (i + j == 0 ? sums.first : sums.others) + r * 2 * kTile + v * kLanes;
-            store(to, load(to) + sum);
+            store(to + r * stride + v, load(to + r * stride + v) + sum);
           }
+      }
 }
 
 #if defined(__AVX512F__)
@@ -94,10 +104,10 @@ struct alignas(64) TileConfig {
 #define FASTLM_TILE_MULTIPLY(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c :::)
 #define FASTLM_TILE_ZERO(r) asm volatile("tilezero %%tmm" #r :::)
 
-// Registers: 0 and 1 sums of first parts, 2 and 3 of others, 4 and 5 of a, 6 and 7 of b. Two panels in turn, since a
-// product waits for the last one of its own sum; a step's nine tiles pass by in the time of its twelve products.
+// Registers: 0 and 1 sums of first parts, 2 and 3 of others, 4 to 7 parts. Two tiles in turn share what a step's nine loads
+// bring for twelve products; for each sum the order of products is the same in both.
 template <int Parts>
-static __attribute__((noinline)) void tile_product(const uint32_t* a, const uint32_t* b, int64_t panel, int64_t steps,
+static __attribute__((noinline)) void wide_product(const uint32_t* a, const uint32_t* b, int64_t panel, int64_t steps,
                                                    TileSums& sums) {
   const uint32_t* b2 = b + panel;
   FASTLM_TILE_ZERO(0);
@@ -106,36 +116,82 @@ static __attribute__((noinline)) void tile_product(const uint32_t* a, const uint
   FASTLM_TILE_ZERO(3);
   for (int64_t s = 0; s < steps; ++s, a += kParts * kTileWords, b += Parts * kTileWords, b2 += Parts * kTileWords) {
     FASTLM_TILE_LOAD(4, a, 64);
-    FASTLM_TILE_LOAD(6, b, 64);
-    FASTLM_TILE_LOAD(7, b2, 64);
-    FASTLM_TILE_MULTIPLY(0, 4, 6);
-    FASTLM_TILE_MULTIPLY(1, 4, 7);
-    FASTLM_TILE_LOAD(5, a + 2 * kTileWords, 64);
-    FASTLM_TILE_MULTIPLY(2, 5, 6);
-    FASTLM_TILE_MULTIPLY(3, 5, 7);
-    FASTLM_TILE_LOAD(5, a + kTileWords, 64);
-    FASTLM_TILE_MULTIPLY(2, 5, 6);
-    FASTLM_TILE_MULTIPLY(3, 5, 7);
-    if constexpr (Parts > 1) {
-      FASTLM_TILE_LOAD(6, b + kTileWords, 64);
-      FASTLM_TILE_LOAD(7, b2 + kTileWords, 64);
-      FASTLM_TILE_MULTIPLY(2, 5, 6);
-      FASTLM_TILE_MULTIPLY(3, 5, 7);
-      FASTLM_TILE_MULTIPLY(2, 4, 6);
-      FASTLM_TILE_MULTIPLY(3, 4, 7);
-    }
     if constexpr (Parts > 2) {
       FASTLM_TILE_LOAD(6, b + 2 * kTileWords, 64);
       FASTLM_TILE_LOAD(7, b2 + 2 * kTileWords, 64);
       FASTLM_TILE_MULTIPLY(2, 4, 6);
       FASTLM_TILE_MULTIPLY(3, 4, 7);
     }
+    if constexpr (Parts > 1) {
+      FASTLM_TILE_LOAD(6, b + kTileWords, 64);
+      FASTLM_TILE_LOAD(7, b2 + kTileWords, 64);
+      FASTLM_TILE_MULTIPLY(2, 4, 6);
+      FASTLM_TILE_MULTIPLY(3, 4, 7);
+    }
+    FASTLM_TILE_LOAD(5, a + kTileWords, 64);
+    if constexpr (Parts > 1) {
+      FASTLM_TILE_MULTIPLY(2, 5, 6);
+      FASTLM_TILE_MULTIPLY(3, 5, 7);
+    }
+    FASTLM_TILE_LOAD(6, b, 64);
+    FASTLM_TILE_LOAD(7, b2, 64);
+    FASTLM_TILE_MULTIPLY(0, 4, 6);
+    FASTLM_TILE_MULTIPLY(1, 4, 7);
+    FASTLM_TILE_MULTIPLY(2, 5, 6);
+    FASTLM_TILE_MULTIPLY(3, 5, 7);
+    FASTLM_TILE_LOAD(5, a + 2 * kTileWords, 64);
+    FASTLM_TILE_MULTIPLY(2, 5, 6);
+    FASTLM_TILE_MULTIPLY(3, 5, 7);
   }
   constexpr int64_t kRowBytes = 2 * kTile * sizeof(float);
   FASTLM_TILE_STORE(0, sums.first, kRowBytes);
   FASTLM_TILE_STORE(1, sums.first + kTile, kRowBytes);
   FASTLM_TILE_STORE(2, sums.others, kRowBytes);
   FASTLM_TILE_STORE(3, sums.others + kTile, kRowBytes);
+}
+
+// Half of what is read of b, for the same arithmetic: b comes from the level-2 cache, a from level 1.
+template <int Parts>
+static __attribute__((noinline)) void tall_product(const uint32_t* a, const uint32_t* b, int64_t strip, int64_t steps,
+                                                   TileSums& sums) {
+  const uint32_t* a2 = a + strip;
+  FASTLM_TILE_ZERO(0);
+  FASTLM_TILE_ZERO(1);
+  FASTLM_TILE_ZERO(2);
+  FASTLM_TILE_ZERO(3);
+  for (int64_t s = 0; s < steps; ++s, a += kParts * kTileWords, a2 += kParts * kTileWords, b += Parts * kTileWords) {
+    FASTLM_TILE_LOAD(4, b, 64);
+    FASTLM_TILE_LOAD(6, a, 64);
+    FASTLM_TILE_LOAD(7, a2, 64);
+    FASTLM_TILE_MULTIPLY(0, 6, 4);
+    FASTLM_TILE_MULTIPLY(1, 7, 4);
+    if constexpr (Parts > 2) {
+      FASTLM_TILE_LOAD(5, b + 2 * kTileWords, 64);
+      FASTLM_TILE_MULTIPLY(2, 6, 5);
+      FASTLM_TILE_MULTIPLY(3, 7, 5);
+    }
+    if constexpr (Parts > 1) {
+      FASTLM_TILE_LOAD(5, b + kTileWords, 64);
+      FASTLM_TILE_MULTIPLY(2, 6, 5);
+      FASTLM_TILE_MULTIPLY(3, 7, 5);
+    }
+    FASTLM_TILE_LOAD(6, a + kTileWords, 64);
+    FASTLM_TILE_LOAD(7, a2 + kTileWords, 64);
+    if constexpr (Parts > 1) {
+      FASTLM_TILE_MULTIPLY(2, 6, 5);
+      FASTLM_TILE_MULTIPLY(3, 7, 5);
+    }
+    FASTLM_TILE_MULTIPLY(2, 6, 4);
+    FASTLM_TILE_MULTIPLY(3, 7, 4);
+    FASTLM_TILE_LOAD(6, a + 2 * kTileWords, 64);
+    FASTLM_TILE_LOAD(7, a2 + 2 * kTileWords, 64);
+    FASTLM_TILE_MULTIPLY(2, 6, 4);
+    FASTLM_TILE_MULTIPLY(3, 7, 4);
+  }
+  FASTLM_TILE_STORE(0, sums.first, 64);
+  FASTLM_TILE_STORE(1, sums.first + kTileWords, 64);
+  FASTLM_TILE_STORE(2, sums.others, 64);
+  FASTLM_TILE_STORE(3, sums.others + kTileWords, 64);
 }
 #endif
 
@@ -168,9 +224,18 @@ class TileUnit {
   template <int Parts>
   void multiply(const uint32_t* a, const uint32_t* b, int64_t panel, int64_t steps, TileSums& sums) const {
 #if defined(__AVX512F__)
-    if (tiles_) return tile_product<Parts>(a, b, panel, steps, sums);
+    if (tiles_) return wide_product<Parts>(a, b, panel, steps, sums);
 #endif
-    plain_product<Parts>(a, b, panel, steps, rows_, sums);
+    plain_product<Parts>(a, b, {0, panel}, steps, rows_, sums);
+  }
+
+  // The same of 32 rows, `strip` words from the first 16 to the others, and one panel; 16 rows being set.
+  template <int Parts>
+  void multiply_tall(const uint32_t* a, const uint32_t* b, int64_t strip, int64_t steps, TileSums& sums) const {
+#if defined(__AVX512F__)
+    if (tiles_) return tall_product<Parts>(a, b, strip, steps, sums);
+#endif
+    plain_product<Parts>(a, b, {strip, 0}, steps, rows_, sums);
   }
 
  private:

@@ -1,5 +1,5 @@
 // Each thread has a rectangle of c to itself and packs what it needs of a and b: a block of b that stays in its level-2
-// cache, and for each 16 rows of a what meets that block, in level 1. So threads never wait for each other.
+// cache, and for each 32 rows of a what meets that block, in level 1. So threads never wait for each other.
 #include "amx.h"
 #include "attention_tile.h"
 #include "convert.h"
@@ -9,9 +9,9 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int64_t kSteps = 8;                // of k in a block: 16 rows of a are 24 KB
+constexpr int64_t kSteps = 4;  // of k in a block: 32 rows of a are 24 KB, half of level 1
 constexpr int64_t kBlockDepth = kSteps * kDepth;
-constexpr int64_t kBlockBytes = 5 << 18;     // of b in a block: two thirds of the level-2 cache of processors with tiles
+constexpr int64_t kBlockBytes = 3 << 18;  // of b in a block: under half of the level-2 cache of processors with tiles
 constexpr int64_t kWide = 2 * kTile;         // columns of c at a time
 constexpr int64_t kWorthAThread = 1 << 21;   // multiplications below which waking a second thread costs more than it saves
 
@@ -106,22 +106,21 @@ FASTLM_INLINE void pack_b(const FloatMatmul& x, int64_t column, int64_t columns,
                                   columns - p * kTile, depth - s * kDepth, to + (p * steps + s) * kTiles);
 }
 
-// c's next columns come from memory while these are multiplied.
-FASTLM_INLINE void fetch(const float* c, int64_t stride, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r) {
-    __builtin_prefetch(c + r * stride);
-    __builtin_prefetch(c + r * stride + kTile);
-  }
+// Asks for rows of floats, which come to the level-2 cache while others are multiplied.
+FASTLM_INLINE void fetch(const float* from, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < columns; j += kTile) __builtin_prefetch(from + r * stride + j, 0, 2);
 }
 
-// c (+)= sums + bias, in up to 32 columns.
+// c (+)= sums + bias, in some rows and columns; `width`: of the sums' rows.
+template <int64_t Width>
 FASTLM_INLINE void write(const TileSums& sums, float* c, int64_t stride, int64_t rows, int64_t columns, bool add,
                          const float* bias) {
-  if (columns >= kWide) {
+  if (columns >= Width) {
     for (int64_t r = 0; r < rows; ++r, c += stride)
 #pragma GCC unroll 8
-      for (int64_t j = 0; j < kWide; j += kLanes) {
-        vf sum = sums.at(r, j);
+      for (int64_t j = 0; j < Width; j += kLanes) {
+        vf sum = sums.at(r, j, Width);
         if (add) sum += load(c + j);
         store(c + j, bias ? sum + load(bias + j) : sum);
       }
@@ -129,24 +128,30 @@ FASTLM_INLINE void write(const TileSums& sums, float* c, int64_t stride, int64_t
   }
   for (int64_t r = 0; r < rows; ++r, c += stride)
     for (int64_t j = 0; j < columns; ++j) {
-      float sum = sums.first[r * kWide + j] + sums.others[r * kWide + j];
+      float sum = sums.first[r * Width + j] + sums.others[r * Width + j];
       if (add) sum += c[j];
       c[j] = bias ? sum + bias[j] : sum;
     }
 }
 
-// One packed block of rows times packed columns. A block is written while the next one is multiplied.
-template <int Parts>
-FASTLM_INLINE void multiply_row(const TileUnit& unit, const uint32_t* a, const uint32_t* b, int64_t steps, float* c,
-                                int64_t stride, int64_t rows, int64_t columns, bool add, const float* bias) {
+// Packed rows of a, up to 32, times packed columns of b. A block is written while the next one is multiplied.
+template <int Parts, bool Tall>
+FASTLM_INLINE void multiply_rows(const TileUnit& unit, const uint32_t* a, const uint32_t* b, int64_t steps, float* c,
+                                 int64_t stride, int64_t rows, int64_t columns, bool add, const float* bias) {
+  constexpr int64_t kWidth = Tall ? kTile : kWide;
   const int64_t panel = steps * Parts * kTileWords;
   TileSums sums[2];
-  for (int64_t j = 0, i = 0; j < columns + kWide; j += kWide, i ^= 1) {
+  for (int64_t j = 0, i = 0; j < columns + kWidth; j += kWidth, i ^= 1) {
     if (j < columns) {
-      if (add) fetch(c + j, stride, rows);
-      unit.multiply<Parts>(a, b + j / kTile * panel, columns - j > kTile ? panel : 0, steps, sums[i]);
+      if (add) fetch(c + j, stride, rows, smaller(kWidth, columns - j));
+      const uint32_t* const first = b + j / kTile * panel;
+      if (Tall)
+        unit.multiply_tall<Parts>(a, first, steps * kParts * kTileWords, steps, sums[i]);
+      else
+        unit.multiply<Parts>(a, first, columns - j > kTile ? panel : 0, steps, sums[i]);
     }
-    if (j > 0) write(sums[i ^ 1], c + j - kWide, stride, rows, columns - j + kWide, add, bias ? bias + j - kWide : bias);
+    const int64_t last = j - kWidth;
+    if (j > 0) write<kWidth>(sums[i ^ 1], c + last, stride, rows, columns - last, add, bias ? bias + last : bias);
   }
 }
 
@@ -157,13 +162,24 @@ void rectangle(const FloatMatmul& x, Range rows, Range columns, uint32_t* a, uin
   for (int64_t j = columns.begin; j < columns.end; j += width)
     for (int64_t k = 0; k == 0 || k < x.k; k += kBlockDepth) {  // once without any k, for zeros
       const int64_t many = smaller(width, columns.end - j), depth = smaller(kBlockDepth, x.k - k);
+      const int64_t steps = ceil_div(depth, kDepth);
+      const bool add = x.add || k > 0;
+      const float* const bias = x.bias && k + depth == x.k ? x.bias + j : nullptr;
       pack_b<N>(x, j, many, k, depth, b);
-      for (int64_t i = rows.begin; i < rows.end; i += kTile) {
-        const int64_t few = smaller(kTile, rows.end - i);
-        pack_a(x, i, few, k, depth, a);
-        unit.set_rows(few);
-        multiply_row<parts_of(N)>(unit, a, b, ceil_div(depth, kDepth), x.c + i * x.c_stride + j, x.c_stride, few, many,
-                                  x.add || k > 0, x.bias && k + depth == x.k ? x.bias + j : nullptr);
+      for (int64_t i = rows.begin, few; i < rows.end; i += few) {
+        few = rows.end - i >= 2 * kTile ? 2 * kTile : smaller(kTile, rows.end - i);
+        for (int64_t half = 0; half < few; half += kTile)
+          pack_a(x, i + half, smaller(kTile, few - half), k, depth, a + half / kTile * steps * kParts * kTileWords);
+        if (x.turn_a)
+          fetch(x.a + k * x.a_stride + i + few, x.a_stride, depth, smaller(few, rows.end - i - few));
+        else
+          fetch(x.a + (i + few) * x.a_stride + k, x.a_stride, smaller(few, rows.end - i - few), depth);
+        float* const c = x.c + i * x.c_stride + j;
+        unit.set_rows(smaller(kTile, few));
+        if (few > kTile)
+          multiply_rows<parts_of(N), true>(unit, a, b, steps, c, x.c_stride, few, many, add, bias);
+        else
+          multiply_rows<parts_of(N), false>(unit, a, b, steps, c, x.c_stride, few, many, add, bias);
       }
     }
 }
@@ -179,7 +195,7 @@ int rows_of_threads(const FloatMatmul& x, int threads) {
   return best;
 }
 
-constexpr int64_t kStripWords = kSteps * kParts * kTileWords;
+constexpr int64_t kStripWords = 2 * kSteps * kParts * kTileWords;
 constexpr int64_t kThreadBytes = kBlockBytes + kStripWords * 4;
 
 }  // namespace
@@ -190,7 +206,7 @@ void float_matmul(const FloatMatmul& x) {
   const int64_t useful = x.m * x.n * x.k / kWorthAThread;
   parallel(useful < x.threads ? static_cast<int>(useful) : x.threads, [&](int thread, int threads, Barrier&) {
     const int along = rows_of_threads(x, threads);
-    const Range rows = share(x.m, thread % along, along, kTile);
+    const Range rows = share(x.m, thread % along, along, 2 * kTile);
     const Range columns = share(x.n, thread / along, threads / along, kWide);
     uint32_t* const a = reinterpret_cast<uint32_t*>(static_cast<char*>(x.scratch) + thread * kThreadBytes);
     uint32_t* const b = a + kStripWords;

@@ -70,7 +70,7 @@ def _lies(x: Tensor) -> tuple[Tensor, int, bool]:
 def float_matmul(
     a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False
 ) -> Tensor:
-    """a b + bias [N] of matrices a [M, K], float32, and b [K, N], float32, float16 or bfloat16, as accurate as in float32.
+    """a b + bias [N] of matrices a [M, K], float32, and b [K, N], float32, float16 or bfloat16, as accurate as float32.
 
     Each may be the transpose of a matrix in memory. `out` is float32 [M, N] with contiguous rows and no part of a or b;
     with `add` the product is added to what it holds. A row's bits depend on that row of a and on b alone.
