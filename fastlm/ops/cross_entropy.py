@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastlm.kernels import native
 from fastlm.kernels.cpu.cross_entropy import softmax_loss
+from fastlm.kernels.cpu.matmul import product
 from fastlm.ops.checks import describe, expect_shape
 from fastlm.ops.library import (
     opaque_kernel_why_not,
@@ -65,7 +66,7 @@ def _sweep(
         h, factor = hidden[part], None if factors is None else factors[part].to(wide)
         options = (bias, target[part], ignore_index, smoothing, factor)
         if softmax == "cpu":
-            slopes = h @ weight.T
+            slopes = product(h, weight.T)
             losses[part] = softmax_loss(slopes, *options)  # and the gradient has taken the logits' place
         elif softmax == "triton":
             rows = h.new_empty(h.shape[0], -(-vocabulary // 64) * 64)  # padded, for aligned rows are read at once
@@ -76,10 +77,11 @@ def _sweep(
         if factor is None:
             continue
         grad_logits = slopes.to(hidden.dtype)
+        tiles = softmax == "cpu"
         if want_hidden:
-            torch.mm(grad_logits, weight, out=grad_hidden[part])
+            product(grad_logits, weight, out=grad_hidden[part], tiles=tiles)
         if want_weight and wide == hidden.dtype:
-            grad_weight.addmm_(grad_logits.T, h)
+            product(grad_logits.T, h, out=grad_weight, add=True, tiles=tiles)
         elif want_weight:
             grad_weight.add_(grad_logits.T @ h)
         if want_bias:

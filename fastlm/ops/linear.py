@@ -19,6 +19,7 @@ from fastlm.ops.library import (
     triton_kernel,
     triton_why_not,
 )
+from fastlm.ops.linear_float import float_linear, float_linear_why_not
 from fastlm.ops.linear_mixed import is_mixed, mixed_linear
 from fastlm.ops.quantized import QuantizedTensor
 from fastlm.ops.registry import Implementation, Op, always, choosing, forced_backend
@@ -46,7 +47,21 @@ def _integer(weight: Tensor | QuantizedTensor, compute: str) -> bool:
     return compute == "fast" and isinstance(weight, QuantizedTensor) and weight.kind in _INTEGER_KINDS
 
 
+def _by_tiles(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None) -> Tensor | None:
+    """The weight for `float_linear`, where that is quickest."""
+    if not input.is_cpu or (input.dim() == 3 and input.shape[1] <= reference.FEW_TOKENS):
+        return None
+    if isinstance(weight, QuantizedTensor):
+        dtype = KINDS[weight.kind].dtype
+        if dtype is None or weight.layout != "blocks" or weight.shape[1] == 0:
+            return None
+        weight = weight.data.view(dtype)
+    return weight if float_linear_why_not(input, weight, bias) is None else None
+
+
 def _cpu_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
+    if (dense := _by_tiles(input, weight, bias)) is not None:
+        return float_linear(input, dense, bias)
     return _cpu_group(input, [weight], [bias], compute)[0]
 
 
@@ -72,6 +87,8 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
     dense = None if isinstance(weight, QuantizedTensor) else weight
     if not (input.is_cpu and weight.is_cpu):
         return f"input is on {input.device}, weight on {weight.device}"
+    if _by_tiles(input, weight, bias) is not None:
+        return None
     if isinstance(weight, QuantizedTensor) and weight.layout != "blocks":
         return "the weight's bytes lie as GPUs read them"
     if input.dtype not in _NARROW:
@@ -85,7 +102,8 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
         return None
     rows = input.numel() // max(input.shape[-1], 1)
     if rows > FEW_ROWS and forced_backend() != "cpu":
-        return f"{rows} rows: a matrix product is quicker beyond {FEW_ROWS}"
+        tiles = "" if dense is None else f"; {float_linear_why_not(input, dense, bias)}"
+        return f"{rows} rows: a matrix product is quicker beyond {FEW_ROWS}{tiles}"
     return None
 
 
@@ -257,9 +275,12 @@ def linear_group(
     for weight, bias in zip(weights, biases, strict=True):
         _check(input, weight, bias, compute)
     together = len(weights) <= 4 and not tracing() and choosing()
-    if together and all(_cpu_why_not(input, w, b, compute) is None for w, b in zip(weights, biases, strict=True)):
+    pairs = list(zip(weights, biases, strict=True))
+    if together and all(
+        _cpu_why_not(input, w, b, compute) is None and _by_tiles(input, w, b) is None for w, b in pairs
+    ):
         return _cpu_group(input, weights, biases, compute)
-    return [linear(input, w, b, compute=compute) for w, b in zip(weights, biases, strict=True)]
+    return [linear(input, w, b, compute=compute) for w, b in pairs]
 
 
 def _check(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlm.kernels import native
 
-__all__ = ["float_matmul", "matmul", "worthwhile"]
+__all__ = ["float_matmul", "float_worthwhile", "matmul", "product", "worthwhile"]
 
 # Of the second matrix, in bytes of bfloat16: every 32 rows of the first go past all of it, which pays while it stays in
 # the level-2 cache.
@@ -54,6 +54,11 @@ def matmul(
     return output
 
 
+# Rows and columns of a product below which packing the factors costs what the tile unit gains: of float32 factors, and
+# where the second is narrower, has fewer parts to multiply, and would have to be expanded for torch.
+_FEW, _FEW_OF_NARROW, _SHALLOW = 192, 64, 64
+
+
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -98,3 +103,20 @@ def float_matmul(
         native.num_threads(),
     )
     return out
+
+
+def float_worthwhile(rows: int, columns: int, depth: int, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether `float_matmul` of such sizes, its second factor of that dtype, is quicker than torch's product."""
+    few = _FEW if dtype is torch.float32 else _FEW_OF_NARROW
+    large = rows >= few and columns >= 128 and depth >= _SHALLOW
+    return large and native.CPU.module is not None and bool(native.CPU.module.matmul_tiles())
+
+
+def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, add: bool = False, tiles: bool = True) -> Tensor:
+    """a b of matrices by the quicker of `float_matmul`, where `tiles` allows it, and torch; `out`, `add` as there."""
+    tiles = tiles and a.is_cpu and a.dtype is torch.float32 and b.dtype is torch.float32
+    if tiles and float_worthwhile(len(a), b.shape[1], len(b)):
+        return float_matmul(a, b, out=out, add=add)
+    if add and out is not None:
+        return out.addmm_(a, b)
+    return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
