@@ -1,4 +1,4 @@
-// Weights as digits for products on tiles of int8.
+// Packing into digits, and a product of two matrices by them.
 #include "digits.h"
 
 #include "attention_tile.h"
@@ -61,16 +61,29 @@ struct Columns {
   vf load_partial_or_all(const float* p) const { return valid == kLanes ? load(p) : load_partial(p, valid); }
 };
 
-// One block of 16 columns: their units, then their tiles.
-void pack_block(const Columns& columns, uint8_t* to) {
-  const vi largest = columns.largest();
-  vf scale, unit;
+// Four numbers of k of each of 16 columns as the words of each digit's tile.
+FASTLM_INLINE void digit_words(const vf* of_k, vf scale, vi (&words)[kDigits]) {
+  vi d[4];
+  for (int j = 0; j < 4; ++j) d[j] = to_digits(of_k[j] * scale);
+  for (int digit = 0; digit < kDigits; ++digit) {
+    words[digit] = vi{};
+    for (int j = 0; j < 4; ++j) words[digit] |= (d[j] >> (16 - 8 * digit) & 0xff) << (8 * j);
+  }
+}
+
+FASTLM_INLINE void column_scales(vi largest, vf& scale, vf& unit) {
   for (int lane = 0; lane < kLanes; ++lane) {
     const DigitScale by = digit_scale(largest[lane]);
     scale[lane] = by.scale;
-    unit[lane] = by.unit * 65536.0f;  // what the three sums are multiples of
+    unit[lane] = by.unit;
   }
-  store(reinterpret_cast<float*>(to), unit);
+}
+
+// One block of 16 columns: their units, then their tiles.
+void pack_block(const Columns& columns, uint8_t* to) {
+  vf scale, unit;
+  column_scales(columns.largest(), scale, unit);
+  store(reinterpret_cast<float*>(to), unit * 65536.0f);  // what the three sums are multiples of
   to += kTileHeight * sizeof(float);
   const int64_t depth = padded_depth(columns.k, columns.groups);
   for (int64_t at = 0; at < digit_steps(depth) * kTileDepth; at += kTileHeight) {
@@ -78,20 +91,114 @@ void pack_block(const Columns& columns, uint8_t* to) {
     columns.load_rows(at, rows);
     uint8_t* const tile = to + at / kTileDepth * kDigits * kTileBytes + at % kTileDepth / 4 * 64;
     for (int64_t word = 0; word < kTileHeight / 4; ++word) {
-      vi d[4];
-      for (int j = 0; j < 4; ++j) d[j] = to_digits(rows[word * 4 + j] * scale);
-      for (int digit = 0; digit < kDigits; ++digit) {
-        const int down = 16 - 8 * digit;
-        vi bytes{};
-        for (int j = 0; j < 4; ++j) bytes |= (d[j] >> down & 0xff) << (8 * j);
-        std::memcpy(tile + digit * kTileBytes + word * 64, &bytes, sizeof(bytes));
+      vi words[kDigits];
+      digit_words(rows + word * 4, scale, words);
+      for (int digit = 0; digit < kDigits; ++digit)
+        std::memcpy(tile + digit * kTileBytes + word * 64, &words[digit], sizeof(vi));
+    }
+  }
+}
+
+// Sixteen rows, or `valid` of them, that lie across: number (row, i) is at from[i * stride + row]. `copy` is [k][16].
+void put_across(const float* from, int64_t stride, int valid, const DigitRows& to, float* copy, float* units) {
+  vi most{};
+  for (int64_t i = 0; i < to.k; ++i) {  // once from where they are far apart
+    const vf x = load_until(from + i * stride, 0, valid, 0.0f);
+    most = larger(most, magnitudes(x));
+    store(copy + i * kLanes, x);
+  }
+  vf scale, unit;
+  column_scales(most, scale, unit);
+  store(units, unit);
+  for (int64_t at = 0; at < to.k; at += kTileDepth) {
+    vf words[kDigits][kTileHeight];
+    for (int64_t word = 0; word < kTileHeight; ++word) {
+      vf x[4];
+      for (int j = 0; j < 4; ++j) x[j] = at + 4 * word + j < to.k ? load(copy + (at + 4 * word + j) * kLanes) : vf{};
+      vi bytes[kDigits];
+      digit_words(x, scale, bytes);
+      for (int digit = 0; digit < kDigits; ++digit) words[digit][word] = as_float(bytes[digit]);
+    }
+    for (int digit = 0; digit < kDigits; ++digit) {
+      transpose(words[digit]);
+      std::memcpy(to.at(0, at) + digit * kTileBytes, words[digit], kTileBytes);
+    }
+  }
+}
+
+// Of k at a time: a strip of rows stays in the level-1 cache, the second matrix's part in level 2.
+int64_t depth_at_a_time(const DigitMatmul& x) {
+  constexpr int64_t kMostDepth = 512;
+  return digit_steps(panels_for(x.k, panels_for(x.k, kMostDepth))) * kTileDepth;  // even ones
+}
+int64_t bytes_per_thread(int64_t k) { return digit_strip(k) + k * kLanes * static_cast<int64_t>(sizeof(float)); }
+
+void multiply(const DigitMatmul& x, int thread, int threads, Barrier& barrier) {
+  const int64_t most = depth_at_a_time(x), panels = panels_for(x.n, kPanel);
+  uint8_t* const columns = static_cast<uint8_t*>(x.scratch);
+  uint8_t* const own = columns + panels * 4 * digit_column_block(most) + thread * bytes_per_thread(most);
+  DigitTiles tiles;
+  tiles.set_rows(kTileHeight);
+  for (int64_t k = 0; k < x.k; k += most) {
+    const int64_t depth = x.k - k < most ? x.k - k : most, block = digit_column_block(depth);
+    const Range mine = share(panels * 4, thread, threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int64_t left = x.n - i * kLanes;
+      const int valid = static_cast<int>(left < 0 ? 0 : left < kLanes ? left : kLanes);
+      pack_block({x.b + k * x.b_stride + i * kLanes, depth, 1, x.b_stride, 1, valid}, columns + i * block);
+    }
+    barrier.wait();
+    const Range strips = share(panels_for(x.m, kTileHeight), thread, threads);
+    for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
+      const int64_t row = strip * kTileHeight, count = x.m - row < kTileHeight ? x.m - row : kTileHeight;
+      const DigitRows rows = {own, depth};
+      alignas(64) float units[kTileHeight] = {};
+      if (x.a_across)
+        put_across(x.a + k * x.a_stride + row, x.a_stride, static_cast<int>(count), rows,
+                   reinterpret_cast<float*>(own + digit_strip(most)), units);
+      else
+        for (int64_t i = 0; i < count; ++i) put_row(x.a + (row + i) * x.a_stride + k, depth, rows, i, units + i);
+      for (int64_t p = 0; p < panels; ++p) {
+        alignas(64) float sums[kTileHeight * kPanel] = {};
+        digit_product(rows, {units, nullptr, count, 1}, count, columns + p * 4 * block, sums, kPanel);
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t at = p * kPanel; at < (p + 1) * kPanel && at < x.n; at += kLanes) {
+            float* const to = x.c + (row + i) * x.n + at;
+            const int lanes = x.n - at < kLanes ? static_cast<int>(x.n - at) : kLanes;
+            const vf sum = load(sums + i * kPanel + at - p * kPanel);
+            if (lanes == kLanes)
+              store(to, k == 0 ? sum : load(to) + sum);
+            else
+              store_partial(to, k == 0 ? sum : load_partial(to, lanes) + sum, lanes);
+          }
       }
     }
+    barrier.wait();
   }
 }
 #endif
 
 }  // namespace
+
+int64_t digit_matmul_scratch(const DigitMatmul& x) {
+#if defined(__AVX512F__)
+  const int64_t k = depth_at_a_time(x);
+  return panels_for(x.n, kPanel) * 4 * digit_column_block(k) + x.threads * bytes_per_thread(k);
+#else
+  return x.threads;
+#endif
+}
+
+void digit_matmul(const DigitMatmul& x) {
+#if defined(__AVX512F__)
+  constexpr int64_t kWorthAThread = 1 << 22;  // multiplications
+  const int64_t useful = x.m * x.n * x.k / kWorthAThread;
+  parallel(useful < x.threads ? static_cast<int>(useful) : x.threads,
+           [&](int thread, int threads, Barrier& barrier) { multiply(x, thread, threads, barrier); });
+#else
+  (void)x;
+#endif
+}
 
 int64_t packed_digits_size(int64_t k, int64_t n, int64_t gates, int64_t k_groups) {
   const int64_t blocks = gates != 0 ? panels_for(n / gates, kLanes) * gates : panels_for(n, kPanel) * 4;

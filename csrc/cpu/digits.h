@@ -137,9 +137,9 @@ class DigitTiles {
 #define FASTLM_DIGITS_MULTIPLY(c, a, b) asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c :::)
 #define FASTLM_DIGITS_ZERO(r) asm volatile("tilezero %%tmm" #r :::)
 
-// sums [4][16][16]: those of 2^16, of 2^8, and two whose sum is that of 1. In two, since a product waits for the one
+// In registers 0 to 3 the sums of 2^16, of 2^8, and two whose sum is that of 1: in two, since a product waits for the one
 // before it in the same register.
-FASTLM_INLINE void multiply_digits(const uint8_t* rows, const uint8_t* columns, int64_t steps, int32_t* sums) {
+FASTLM_INLINE void multiply_digits(const uint8_t* rows, const uint8_t* columns, int64_t steps) {
   FASTLM_DIGITS_ZERO(0);
   FASTLM_DIGITS_ZERO(1);
   FASTLM_DIGITS_ZERO(2);
@@ -158,6 +158,8 @@ FASTLM_INLINE void multiply_digits(const uint8_t* rows, const uint8_t* columns, 
     FASTLM_DIGITS_LOAD(7, columns + 2 * kTileBytes);
     FASTLM_DIGITS_MULTIPLY(2, 4, 7);
   }
+}
+FASTLM_INLINE void store_sums(int32_t* sums) {
   FASTLM_DIGITS_STORE(0, sums);
   FASTLM_DIGITS_STORE(1, sums + 256);
   FASTLM_DIGITS_STORE(2, sums + 512);
@@ -171,22 +173,25 @@ static __attribute__((noinline)) void digit_product(const DigitRows& rows, const
                                                     const uint8_t* panel, float* out, int64_t out_stride) {
 #if defined(__AVX512F__)
   const int64_t tiles = panels_for(count, kTileHeight), strip = digit_strip(rows.k);
-  alignas(64) int32_t sums[2][4 * 256];
-  // A block is converted while the next one is multiplied.
+  alignas(64) int32_t sums[4 * 256];
+  // A block is converted while the next one is multiplied. That one's sums are stored behind it: loads would wait for
+  // stores before them to places a multiple of 4 KB apart.
   for (int64_t item = 0; item <= V * tiles; ++item) {
     if (item < V * tiles)
       multiply_digits(rows.tiles + item % tiles * strip, panel + item / tiles * digit_column_block(rows.k) + 64,
-                      digit_steps(rows.k), sums[item % 2]);
-    if (item == 0) continue;
-    const int64_t v = (item - 1) / tiles, first = (item - 1) % tiles * kTileHeight;
-    const int32_t* from = sums[(item - 1) % 2];
-    const vf column_units = load(reinterpret_cast<const float*>(panel + v * digit_column_block(rows.k)));
-    float* to = out + first * out_stride + (v == V - 1 ? Last : v) * kLanes;
-    for (int64_t i = first; i < count && i < first + kTileHeight; ++i, from += kLanes, to += out_stride) {
-      const vf high = to_float(load_as<vi>(from)), middle = to_float(load_as<vi>(from + 256));
-      const vf low = to_float(load_as<vi>(from + 512) + load_as<vi>(from + 768));
-      store(to, load(to) + ((high * 256.0f + middle) * 256.0f + low) * (column_units * *units[i]));
+                      digit_steps(rows.k));
+    if (item > 0) {
+      const int64_t v = (item - 1) / tiles, first = (item - 1) % tiles * kTileHeight;
+      const int32_t* from = sums;
+      const vf column_units = load(reinterpret_cast<const float*>(panel + v * digit_column_block(rows.k)));
+      float* to = out + first * out_stride + (v == V - 1 ? Last : v) * kLanes;
+      for (int64_t i = first; i < count && i < first + kTileHeight; ++i, from += kLanes, to += out_stride) {
+        const vf high = to_float(load_as<vi>(from)), middle = to_float(load_as<vi>(from + 256));
+        const vf low = to_float(load_as<vi>(from + 512) + load_as<vi>(from + 768));
+        store(to, load(to) + ((high * 256.0f + middle) * 256.0f + low) * (column_units * *units[i]));
+      }
     }
+    if (item < V * tiles) store_sums(sums);
   }
 #else
   (void)rows, (void)units, (void)count, (void)panel, (void)out, (void)out_stride;

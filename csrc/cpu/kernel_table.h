@@ -55,6 +55,8 @@
   X(void, norm_backward, (const NormBackward& a), (a))                              \
   X(int64_t, norm_backward_scratch, (const NormBackward& a), (a))                   \
   X(void, pack_panels, (const PackPanels& a), (a))                                  \
+  X(void, digit_matmul, (const DigitMatmul& a), (a))                                \
+  X(int64_t, digit_matmul_scratch, (const DigitMatmul& a), (a))                     \
   X(void, pack_digits, (const PackDigits& a), (a))                                  \
   X(int64_t, packed_digits_size, (int64_t k, int64_t n, int64_t gates, int64_t groups), (k, n, gates, groups)) \
   X(void, softmax_loss, (const SoftmaxLoss& a), (a))                                \
@@ -72,9 +74,9 @@
   X(int64_t, variant_backward_scratch, (int64_t g, int64_t b, int64_t h, bool norm), (g, b, h, norm)) \
   X(void, lstm_cell, (const LstmCell& a), (a))                                      \
   X(void, recurrent_forward, (const RecurrentForward& a), (a))                      \
-  X(int64_t, recurrent_forward_scratch, (RecurrentCell cell, int64_t n, int64_t b, int64_t h), (cell, n, b, h)) \
+  X(int64_t, recurrent_forward_scratch, (const RecurrentForward& a), (a))           \
   X(void, recurrent_backward, (const RecurrentBackward& a), (a))                    \
-  X(int64_t, recurrent_backward_scratch, (int64_t b, int64_t h), (b, h))
+  X(int64_t, recurrent_backward_scratch, (const RecurrentBackward& a), (a))
 
 namespace fastlm {
 

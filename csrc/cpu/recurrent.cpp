@@ -1,27 +1,23 @@
 #include "fastlm/recurrent.h"
 
-#include "recurrence.h"
+#include "recurrence_digits.h"
 #include "simd_math.h"
+
+#include <type_traits>
 
 namespace fastlm {
 namespace FASTLM_ISA {
 
 namespace {
 
-// A cell: how many units a panel has and how many vectors for each k of a weight, the products of a panel, and the step
-// from a panel's sums and h to the next h, for `n` <= kUnits units of a row.
+// A cell: how many units a panel has and how many vectors for each k of a weight, and the step from a panel's sums and h to the next h, for `n` <= kUnits units of a row.
 struct Gru {
-  static constexpr int64_t kGates = 3, kUnits = kLanes, kVectors = 3;
+  static constexpr int64_t kGates = 3, kUnits = kLanes;
+  // Of a panel, and where the last of them goes. n's product with h goes into the fourth: it is multiplied by r before it
+  // is added to x's.
+  static constexpr int kVectors = 3, kInputLast = 2, kHiddenLast = 3;
+  static constexpr bool kLasting = true;  // h stays as large as it began
 
-  template <typename W>
-  static void input_product(const Rows& x, int64_t rows, const W* panel, int64_t k, float* sums) {
-    panel_product<3, 2>(x, rows, panel, k, sums, kPanel);
-  }
-  // n's own product goes into the fourth vector: it is multiplied by r before it is added to x's.
-  template <typename W>
-  static void hidden_product(const Rows& h, int64_t rows, const W* panel, int64_t k, float* sums) {
-    panel_product<3, 3>(h, rows, panel, k, sums, kPanel);
-  }
   // Leaves r, z and n in `sums`.
   static void update(float* sums, const float* h, float* next, int64_t count) {
     const int n = lanes_left(count, 0);
@@ -51,16 +47,10 @@ struct Gru {
 
 template <bool Relu>
 struct Plain {
-  static constexpr int64_t kGates = 1, kUnits = kPanel, kVectors = 4;
+  static constexpr int64_t kGates = 1, kUnits = kPanel;
+  static constexpr int kVectors = 4, kInputLast = 3, kHiddenLast = 3;
+  static constexpr bool kLasting = false;
 
-  template <typename W>
-  static void input_product(const Rows& x, int64_t rows, const W* panel, int64_t k, float* sums) {
-    panel_product(x, rows, panel, k, sums, kPanel);
-  }
-  template <typename W>
-  static void hidden_product(const Rows& h, int64_t rows, const W* panel, int64_t k, float* sums) {
-    panel_product(h, rows, panel, k, sums, kPanel);
-  }
   static void update(float* sums, const float*, float* next, int64_t count) {
     for (int64_t v = 0; v < kPanel && v < count; v += kLanes) {
       const vf sum = load(sums + v);
@@ -76,19 +66,26 @@ struct Plain {
 
 template <typename Cell, typename W>
 class Layer {
+  static constexpr bool kDigits = std::is_same_v<W, Digits>;
+  static constexpr int64_t kChunk = kDigits ? kDigitChunkRows : kChunkRows;
+
  public:
   explicit Layer(const RecurrentForward& args) : a(args) {
     total_ = total_rows(a.batch_sizes, a.steps);
     panels_ = panels_for(a.hidden, Cell::kUnits);
     save_ = a.gates != nullptr;
-    gate_rows_ = save_ ? total_ : most_rows(total_, a.batch_sizes[0]);
-    sums_ = save_ ? a.gates : a.scratch;
+    const int64_t batch = a.batch_sizes[0], chunk = chunk_rows(batch, kChunk);
+    gate_rows_ = save_ || total_ < chunk ? total_ : chunk;
+    float* scratch = a.scratch;
+    sums_ = save_ ? a.gates : take_floats(scratch, panels_ * gate_rows_ * kPanel);
+    if (kDigits) {
+      input_digits_ = InputDigits(scratch, chunk, a.inputs);
+      states_ = StateDigits(scratch, batch, a.hidden, a.h0, Cell::kLasting);
+    }
+    scratch_ = scratch - a.scratch;
   }
 
-  // Rows whose sums are held at a time.
-  static int64_t most_rows(int64_t total, int64_t batch) {
-    return total < chunk_rows(batch) ? total : chunk_rows(batch);
-  }
+  int64_t scratch() const { return scratch_; }
 
   int threads() const {
     return useful_threads(a.threads, total_ / a.steps * Cell::kGates * a.hidden * (a.inputs + a.hidden), panels_);
@@ -96,22 +93,35 @@ class Layer {
 
   void run(int thread, int threads, Barrier& barrier) {
     const Range own = share(panels_, thread, threads);
-    if (a.steps == 1) {  // both products panel by panel: from one call to the next most often with the same weights
+    if (!kDigits && a.steps == 1) {  // both products panel by panel: from one call to the next most often with the same weights
       static thread_local bool back = false;
       const Walk step(a.batch_sizes, a.steps, total_, a.reverse);
       return sweep(own, back, [&](int64_t u) {
         input_panel(u, 0, total_);
-        hidden_panel(step, u, 0);
+        hidden_panel(step, u, 0, 0);
       });
     }
     bool back = false;
+    int turn = 0;
+    DigitTiles tiles;
+    const Range own_vectors = {own.begin * Cell::kUnits / kLanes, own.end * Cell::kUnits / kLanes};
+    if (kDigits) states_.begin(Walk(a.batch_sizes, a.steps, total_, a.reverse), own_vectors, thread, threads, barrier);
     const auto inputs = [&](int64_t low, int64_t high) {
+      if (kDigits) {
+        input_digits_.put(a.input + low * a.inputs, share(high - low, thread, threads));
+        barrier.wait();
+        tiles.set_rows(high - low);
+      }
       for (int64_t u = own.begin; u < own.end; ++u) input_panel(u, low, high);
     };
-    walk_in_chunks(a.batch_sizes, a.steps, total_, a.reverse, inputs, [&](const Walk& step, int64_t low) {
-      sweep(own, back, [&](int64_t u) { hidden_panel(step, u, low); });
+    const auto take = [&](const Walk& step, int64_t low) {
+      tiles.set_rows(kDigits ? step.rows() : 0);
+      sweep(own, back, [&](int64_t u) { hidden_panel(step, u, low, turn); });
+      turn ^= 1;
+      if (kDigits) states_.join(turn, step.rows(), step.rows_after(), own_vectors);
       barrier.wait();
-    });
+    };
+    walk_in_chunks(a.batch_sizes, a.steps, total_, a.reverse, inputs, take, kChunk);
   }
 
  private:
@@ -120,23 +130,39 @@ class Layer {
     return sums_ + (u * gate_rows_ + row - (save_ ? 0 : low)) * kPanel;
   }
 
-  void input_panel(int64_t u, int64_t low, int64_t high) {
-    fill_bias(sums(u, low, low), a.bias + u * kPanel, high - low);
-    const W* const panel = static_cast<const W*>(a.w_ih) + u * panel_size<W>(a.inputs, Cell::kVectors * kLanes);
-    const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
-    Cell::input_product(input, high - low, panel, a.inputs, sums(u, low, low));
+  static auto panel(const void* weights, int64_t index, int64_t k) {
+    if constexpr (kDigits)
+      return static_cast<const uint8_t*>(weights) + index * Cell::kVectors * digit_column_block(k);
+    else
+      return static_cast<const W*>(weights) + index * panel_size<W>(k, Cell::kVectors * kLanes);
   }
 
-  void hidden_panel(const Walk& step, int64_t u, int64_t low) {
+  void input_panel(int64_t u, int64_t low, int64_t high) {
+    fill_bias(sums(u, low, low), a.bias + u * kPanel, high - low);
+    const auto weights = panel(a.w_ih, u, a.inputs);
+    if constexpr (kDigits) {
+      input_digits_.product<Cell::kVectors, Cell::kInputLast>(high - low, weights, sums(u, low, low));
+    } else {
+      const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
+      panel_product<Cell::kVectors, Cell::kInputLast>(input, high - low, weights, a.inputs, sums(u, low, low), kPanel);
+    }
+  }
+
+  void hidden_panel(const Walk& step, int64_t u, int64_t low, int turn) {
     const Rows h = state_before(step, a.output, a.h0, a.hidden);
     float* at_step = sums(u, step.begin, low);
-    const W* const panel = static_cast<const W*>(a.w_hh) + u * panel_size<W>(a.hidden, Cell::kVectors * kLanes);
-    Cell::hidden_product(h, step.rows(), panel, a.hidden, at_step);
+    const auto weights = panel(a.w_hh, u, a.hidden);
+    if constexpr (kDigits)
+      states_.product<Cell::kVectors, Cell::kHiddenLast>(step, turn, weights, at_step);
+    else
+      panel_product<Cell::kVectors, Cell::kHiddenLast>(h, step.rows(), weights, a.hidden, at_step, kPanel);
     const int64_t at = u * Cell::kUnits, left = a.hidden - at;
     const int64_t units = left < Cell::kUnits ? left : Cell::kUnits;
     for (int64_t i = 0; i < step.rows(); ++i) {
       float* next = a.output + (step.begin + i) * a.hidden + at;
       Cell::update(at_step + i * kPanel, h[i] + at, next, units);
+      if (kDigits && i < step.rows_after())
+        for (int64_t v = 0; v < units; v += kLanes) states_.put(turn ^ 1, i, at + v, load_until(next, v, units, 0.0f));
       if (i >= step.rows_after()) std::memcpy(a.h_n + i * a.hidden + at, next, units * sizeof(float));
     }
   }
@@ -145,6 +171,9 @@ class Layer {
   int64_t total_, panels_, gate_rows_;
   float* sums_;  // [panels][gate_rows][4][L]
   bool save_;
+  InputDigits input_digits_;  // of a chunk
+  StateDigits states_;
+  int64_t scratch_;  // floats in use
 };
 
 // As the LSTM's without a projection: a thread's outputs and hidden units are the same, so what it carries is its own.
@@ -153,7 +182,13 @@ class Backward {
  public:
   explicit Backward(const RecurrentBackward& args) : a(args), stride_(padded(a.hidden)) {
     total_ = total_rows(a.batch_sizes, a.steps);
+    float* scratch = a.scratch;
+    carry_ = take_floats(scratch, a.batch_sizes[0] * stride_);
+    if (a.digits) digits_ = GradientDigits(scratch, a.batch_sizes[0], Cell::kGates, a.hidden, a.threads);
+    scratch_ = scratch - a.scratch;
   }
+
+  int64_t scratch() const { return scratch_; }
 
   int threads() const {
     return useful_threads(a.threads, total_ / a.steps * Cell::kGates * a.hidden * a.hidden, stride_ / kPanel);
@@ -163,29 +198,39 @@ class Backward {
     const Range own = share(stride_ / kPanel, thread, threads);
     const int64_t batch = a.batch_sizes[0], k = Cell::kGates * a.hidden;
     bool back = false;
-    copy_columns(own, batch, stride_, nullptr, stride_, a.scratch, stride_);
-    copy_columns(own, batch, a.hidden, a.grad_h_n, a.hidden, a.scratch, stride_);
+    DigitTiles tiles;
+    copy_columns(own, batch, stride_, nullptr, stride_, carry_, stride_);
+    copy_columns(own, batch, a.hidden, a.grad_h_n, a.hidden, carry_, stride_);
     for (Walk step(a.batch_sizes, a.steps, total_, !a.reverse); !step.done(); step.advance()) {
       cells(step, own);
+      const float* const grads = a.grad_h + step.begin * k;
+      if (a.digits) {
+        digits_.put(grads, step.rows(), {own.begin * kPanel, own.end * kPanel}, thread, threads, barrier);
+        tiles.set_rows(step.rows());
+      }
       barrier.wait();
       sweep(own, back, [&](int64_t p) {
-        panel_product({a.grad_h + step.begin * k, nullptr, step.rows(), k}, step.rows(), a.w_hh + p * k * kPanel, k,
-                      a.scratch + p * kPanel, stride_);
+        if (a.digits)
+          digits_.product(step.rows(), static_cast<const uint8_t*>(a.w_hh) + p * digits_.panel_bytes(), thread,
+                          carry_ + p * kPanel, stride_);
+        else
+          panel_product({grads, nullptr, step.rows(), k}, step.rows(),
+                        static_cast<const float*>(a.w_hh) + p * k * kPanel, k, carry_ + p * kPanel, stride_);
       });
     }
-    copy_columns(own, batch, a.hidden, a.scratch, stride_, a.grad_h0, a.hidden);
+    copy_columns(own, batch, a.hidden, carry_, stride_, a.grad_h0, a.hidden);
   }
 
  private:
   // From the gradient of h, carried and the output's own, to those of the gates; what goes straight to the h before
-  // stays in `scratch`, to which the product with W_hh is added.
+  // stays in `carry_`, to which the product with W_hh is added.
   void cells(const Walk& step, Range own) {
     const Rows before = backward_state(step, a.output, a.h0, a.hidden);
     for (int64_t i = 0; i < step.rows(); ++i) {
       for (int64_t at = own.begin * kPanel; at < own.end * kPanel && at < a.hidden; at += kLanes) {
         const int n = lanes_left(a.hidden, at);
         const int64_t row = step.begin + i, place = row * a.hidden + at, gate = row * Cell::kGates * a.hidden + at;
-        float* const carry = a.scratch + i * stride_ + at;
+        float* const carry = carry_ + i * stride_ + at;
         const vf h = load_lanes(before[i] + at, n);
         vf grad = load(carry);
         if (a.grad_output != nullptr) grad += load_lanes(a.grad_output + place, n);
@@ -200,43 +245,53 @@ class Backward {
 
   const RecurrentBackward& a;
   const int64_t stride_;
-  int64_t total_;
+  int64_t total_, scratch_;
+  float* carry_;  // [B, stride]
+  GradientDigits digits_;
 };
 
-template <typename AnyLayer>
-void run_layer(AnyLayer&& layer) {
-  parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+template <typename Cell, typename Run>
+auto with_weights(const RecurrentForward& args, const Run& run) {
+  if (args.digits) return run(Layer<Cell, Digits>(args));
+  return args.bfloat ? run(Layer<Cell, uint16_t>(args)) : run(Layer<Cell, float>(args));
 }
 
-template <typename Cell>
-void run_forward(const RecurrentForward& args) {
-  args.bfloat ? run_layer(Layer<Cell, uint16_t>(args)) : run_layer(Layer<Cell, float>(args));
+template <typename Run>
+auto with_layer(const RecurrentForward& args, const Run& run) {
+  switch (args.cell) {
+    case RecurrentCell::gru: return with_weights<Gru>(args, run);
+    case RecurrentCell::tanh: return with_weights<Plain<false>>(args, run);
+    default: return with_weights<Plain<true>>(args, run);
+  }
+}
+
+template <typename Run>
+auto with_layer(const RecurrentBackward& args, const Run& run) {
+  switch (args.cell) {
+    case RecurrentCell::gru: return run(Backward<Gru>(args));
+    case RecurrentCell::tanh: return run(Backward<Plain<false>>(args));
+    default: return run(Backward<Plain<true>>(args));
+  }
+}
+
+template <typename Args>
+void run(const Args& args) {
+  with_layer(args, [](auto&& layer) {
+    parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+  });
+}
+
+template <typename Args>
+int64_t scratch_of(const Args& args) {
+  return with_layer(args, [](auto&& layer) { return layer.scratch(); });
 }
 
 }  // namespace
 
-int64_t recurrent_forward_scratch(RecurrentCell cell, int64_t rows, int64_t batch, int64_t hidden) {
-  const int64_t units = cell == RecurrentCell::gru ? Gru::kUnits : Plain<false>::kUnits;
-  return panels_for(hidden, units) * Layer<Gru, float>::most_rows(rows, batch) * kPanel;
-}
-
-void recurrent_forward(const RecurrentForward& args) {
-  switch (args.cell) {
-    case RecurrentCell::gru: return run_forward<Gru>(args);
-    case RecurrentCell::tanh: return run_forward<Plain<false>>(args);
-    case RecurrentCell::relu: return run_forward<Plain<true>>(args);
-  }
-}
-
-int64_t recurrent_backward_scratch(int64_t batch, int64_t hidden) { return batch * padded(hidden); }
-
-void recurrent_backward(const RecurrentBackward& args) {
-  switch (args.cell) {
-    case RecurrentCell::gru: return run_layer(Backward<Gru>(args));
-    case RecurrentCell::tanh: return run_layer(Backward<Plain<false>>(args));
-    case RecurrentCell::relu: return run_layer(Backward<Plain<true>>(args));
-  }
-}
+int64_t recurrent_forward_scratch(const RecurrentForward& args) { return scratch_of(args); }
+int64_t recurrent_backward_scratch(const RecurrentBackward& args) { return scratch_of(args); }
+void recurrent_forward(const RecurrentForward& args) { run(args); }
+void recurrent_backward(const RecurrentBackward& args) { run(args); }
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

@@ -52,6 +52,19 @@ void pack_as_digits(address source, int64_t k, int64_t n, int64_t stride_k, int6
   pack_digits({pointer<const float>(source), k, n, stride_k, stride_n, gates, k_groups, pointer<void>(packed), threads});
 }
 
+void multiply_in_digits(address a, int64_t a_stride, bool a_across, address b, int64_t b_stride, address c, int64_t m,
+                        int64_t n, int64_t k, int threads) {
+  refuse_recording("digit_matmul");
+  check(m >= 1 && n >= 1 && k >= 1, "digit_matmul: sizes must be positive");
+  check(a_stride >= (a_across ? m : k) && b_stride >= n, "digit_matmul: a stride is less than a row");
+  check(digit_tiles(), "digit_matmul: this processor, or this level, has no tiles of int8");
+  DigitMatmul x = {pointer<const float>(a), a_stride, a_across, pointer<const float>(b), b_stride, pointer<float>(c),
+                   m, n, k, nullptr, threads};
+  x.scratch = scratch(digit_matmul_scratch(x));
+  py::gil_scoped_release unlocked;
+  digit_matmul(x);
+}
+
 // A few values spread over each of some float arrays, to tell whether they are still what was packed, and for this
 // instruction-set level. `unchanged` may be called only while the arrays are known to be where they were.
 class Samples {
@@ -199,16 +212,17 @@ void run_variant_backward(int64_t gates, const std::vector<int64_t>& batch_sizes
 
 void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
                int64_t inputs, int64_t hidden, bool reverse, bool bfloat, address input, address w_ih, address w_hh,
-               address bias, address h0, address output, address h_n, address gates, int threads) {
+               address bias, address h0, address output, address h_n, address gates, int threads, bool digits) {
   check_batch_sizes(batch_sizes, rows, batch);
   check(inputs >= 1 && hidden >= 1, "recurrent_forward: sizes must be positive");
   check(kind == RecurrentCell::gru || gates == 0, "recurrent_forward: only a GRU has gates to keep");
-  const auto floats = recurrent_forward_scratch(kind, rows, batch, hidden);
-  auto* const memory = static_cast<float*>(scratch(floats * sizeof(float)));
+  check(!digits || (kind != RecurrentCell::relu && !bfloat && digit_tiles()),
+        "recurrent_forward: these weights cannot come as digits");
   RecurrentForward args = {kind, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
                            pointer<const float>(input), bfloat, pointer<const void>(w_ih), pointer<const void>(w_hh),
                            pointer<const float>(bias), pointer<const float>(h0), reverse, pointer<float>(output),
-                           pointer<float>(h_n), pointer<float>(gates), memory, threads};
+                           pointer<float>(h_n), pointer<float>(gates), nullptr, threads, digits};
+  args.scratch = static_cast<float*>(scratch(recurrent_forward_scratch(args) * sizeof(float)));
   if (Program* const program = recording()) {
     const auto sizes = std::make_shared<const std::vector<int64_t>>(batch_sizes);
     RecurrentForward kept = args;
@@ -222,18 +236,20 @@ void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int6
 void recurrent_gradients(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
                          int64_t hidden, bool reverse, address w_hh, address h0, address output, address gates,
                          address grad_output, address grad_h_n, address grad_x, address grad_h, address previous,
-                         address grad_h0, int threads) {
+                         address grad_h0, int threads, bool digits) {
   refuse_recording("recurrent_backward");
   check_batch_sizes(batch_sizes, rows, batch);
   check(hidden >= 1, "recurrent_backward: sizes must be positive");
   check(kind != RecurrentCell::gru || (gates != 0 && grad_x != 0), "recurrent_backward: a GRU needs gates and grad_x");
-  auto* const memory = static_cast<float*>(scratch(recurrent_backward_scratch(batch, hidden) * sizeof(float)));
-  py::gil_scoped_release unlocked;
-  recurrent_backward({kind, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), hidden,
-                      pointer<const float>(w_hh), pointer<const float>(h0), reverse, pointer<const float>(output),
+  check(!digits || digit_tiles(), "recurrent_backward: the weight cannot come as digits");
+  RecurrentBackward args = {kind, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), hidden,
+                      pointer<const void>(w_hh), pointer<const float>(h0), reverse, pointer<const float>(output),
                       pointer<const float>(gates), pointer<const float>(grad_output), pointer<const float>(grad_h_n),
                       pointer<float>(grad_x), pointer<float>(grad_h), pointer<float>(previous),
-                      pointer<float>(grad_h0), memory, threads});
+                      pointer<float>(grad_h0), nullptr, threads, digits};
+  args.scratch = static_cast<float*>(scratch(recurrent_backward_scratch(args) * sizeof(float)));
+  py::gil_scoped_release unlocked;
+  recurrent_backward(args);
 }
 
 // Asks for huge pages (2 MB) for what of a range has not been touched yet. A hint: where there are none, nothing.
@@ -254,6 +270,7 @@ void bind_lstm(py::module_& m) {
       .def("unchanged", &Samples::unchanged);
   m.def("packed_size", &packed_size);
   m.def("digit_tiles", &digit_tiles);
+  m.def("digit_matmul", &multiply_in_digits);
   m.def("pack_digits", &pack_as_digits);
   m.def("packed_digits_size", &packed_digits_size);
   m.def("lstm_forward", &forward);

@@ -81,13 +81,15 @@ Result native(const Layer& l, int threads, bool save = false) {
   const int64_t gates = gru ? 3 : 0;
   const Floats w_ih = packed(l.w_ih, l.inputs, l.gates() * H, gates), w_hh = packed(l.w_hh, H, l.gates() * H, gates),
                b = packed(bias, 1, static_cast<int64_t>(bias.size()), gru ? 4 : 0);
-  Floats scratch(fastlm::recurrent_forward_scratch(l.cell, rows, l.sizes[0], H), NAN);
   const int64_t lanes = fastlm::simd_lanes();
   const int64_t saved = save && gru ? (H + lanes - 1) / lanes * rows * 4 * lanes : 0;
   Result r{Floats(rows * H, NAN), Floats(h0.size(), NAN), Floats(saved, NAN)};
-  fastlm::recurrent_forward({l.cell, l.steps(), l.sizes.data(), l.inputs, H, l.input.data(), false, w_ih.data(), w_hh.data(),
+  fastlm::RecurrentForward args = {l.cell, l.steps(), l.sizes.data(), l.inputs, H, l.input.data(), false, w_ih.data(), w_hh.data(),
                              b.data(), h0.data(), l.reverse, r.output.data(), r.h_n.data(),
-                             r.gates.empty() ? nullptr : r.gates.data(), scratch.data(), threads});
+                             r.gates.empty() ? nullptr : r.gates.data(), nullptr, threads};
+  Floats scratch(fastlm::recurrent_forward_scratch(args), NAN);
+  args.scratch = scratch.data();
+  fastlm::recurrent_forward(args);
   return r;
 }
 
@@ -145,13 +147,14 @@ Gradients native_gradients(const Layer& l, const Result& r, const Floats& grad_o
   const Floats h0(l.h0.begin(), l.h0.end());
   Floats w_hh(fastlm::packed_size(columns, H, 0), NAN);
   fastlm::pack_panels({l.w_hh.data(), columns, H, H, 1, 0, w_hh.data(), 1});
-  Floats scratch(fastlm::recurrent_backward_scratch(l.sizes[0], H), NAN);
   Gradients g{Floats(gru ? rows * columns : 0, NAN), Floats(rows * columns, NAN), Floats(rows * H, NAN),
               Floats(h0.size(), NAN)};
-  fastlm::recurrent_backward({l.cell, l.steps(), l.sizes.data(), H, w_hh.data(), h0.data(), l.reverse, r.output.data(),
+  fastlm::RecurrentBackward args = {l.cell, l.steps(), l.sizes.data(), H, w_hh.data(), h0.data(), l.reverse, r.output.data(),
                               gru ? r.gates.data() : nullptr, grad_output.data(), grad_h_n.data(),
-                              gru ? g.x.data() : nullptr, g.h.data(), g.previous.data(), g.h0.data(), scratch.data(),
-                              threads});
+                              gru ? g.x.data() : nullptr, g.h.data(), g.previous.data(), g.h0.data(), nullptr, threads};
+  Floats scratch(fastlm::recurrent_backward_scratch(args), NAN);
+  args.scratch = scratch.data();
+  fastlm::recurrent_backward(args);
   return g;
 }
 

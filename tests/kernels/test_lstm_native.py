@@ -190,6 +190,26 @@ def test_a_rows_bits_do_not_depend_on_the_others_lengths(isa: str) -> None:
     assert torch.equal(output, whole.flatten(0, 1)[rows])
 
 
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(1, 3000, 2100), (100, 1500, 70), (70, 3000, 130), (300, 400, 600), (259, 1100, 650)]
+)
+@pytest.mark.parametrize("across", [False, True])
+def test_products_are_as_accurate_as_torchs(rows: int, depth: int, columns: int, across: bool) -> None:
+    left, right = torch.randn(rows, depth), torch.randn(depth, columns)
+    left *= torch.logspace(-3, 3, rows)[:, None]  # each row in its own scale
+    if across:
+        left = left.t().contiguous().t()
+    exact = left.double() @ right.double()
+    found = lstm.product(left, right)
+    # Row by row: the small ones are as exact as the large.
+    for got, peer, want in zip(found, left @ right, exact, strict=True):
+        assert_close_to_reference(got, peer, want, floor=5e-7)
+    left[0, 1] = torch.inf
+    found = lstm.product(left, right)
+    assert not found[0].isfinite().any()
+    assert found[1:].isfinite().all()
+
+
 def test_gradients_are_deterministic(isa: str) -> None:
     case = Case(70, 200, 0, RAGGED, reverse=False)
     first, second = case.native(), case.native()

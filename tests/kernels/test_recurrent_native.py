@@ -16,6 +16,7 @@ import fastlm
 from fastlm import ops
 from fastlm.kernels import native, packing
 from fastlm.kernels.cpu import recurrent
+from fastlm.kernels.cpu.lstm import DIGIT_ROWS
 
 pytestmark = pytest.mark.skipif(native.CPU.module is None, reason=str(native.CPU.error))
 
@@ -87,7 +88,15 @@ class Case:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("inputs", "hidden", "sizes"),
-    [(3, 5, [1]), (37, 50, RAGGED), (130, 150, [70] * 3), (64, 64, [2] * 150), (20, 129, [9]), (16, 16, RAGGED)],
+    [
+        (3, 5, [1]),
+        (37, 50, RAGGED),
+        (130, 150, [70] * 3),
+        (64, 64, [2] * 150),
+        (20, 129, [9]),
+        (16, 16, RAGGED),
+        (70, 90, [20, 17, 16, 9, 3]),
+    ],
 )
 def test_agrees_with_torch(isa: str, cell: str, inputs: int, hidden: int, sizes: list[int], reverse: bool) -> None:
     for bias in (True, False):
@@ -95,12 +104,16 @@ def test_agrees_with_torch(isa: str, cell: str, inputs: int, hidden: int, sizes:
         case.check(case.native())
 
 
+# Of several steps, eight rows and more are multiplied in digits where there are tiles: other bits than fewer rows'.
+@pytest.mark.parametrize(
+    ("batch", "parts"), [(7, [(0, 1), (4, 6), (1, 7)]), (DIGIT_ROWS + 13, [(0, 8), (4, 13), (3, 20)])]
+)
 @pytest.mark.parametrize("cell", CELLS)
-def test_bits_depend_on_the_row_alone(isa: str, cell: str) -> None:
-    case = Case(cell, 140, 200, [13] * 20, reverse=False)
+def test_bits_depend_on_the_row_alone(isa: str, cell: str, batch: int, parts: list[tuple[int, int]]) -> None:
+    case = Case(cell, 140, 200, [batch] * 20, reverse=False)
     whole = case.native()
     output, h_n = whole["output"], whole["h_n"]
-    steps = output.view(20, 13, -1)
+    steps = output.view(20, batch, -1)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -111,24 +124,27 @@ def test_bits_depend_on_the_row_alone(isa: str, cell: str) -> None:
             assert torch.equal(case.forward()[0], output), threads
     finally:
         torch.set_num_threads(before)
-    for rows in (slice(0, 1), slice(4, 6), slice(5, 12)):
+    for rows in (slice(*part) for part in parts):
         part, last, _ = case.forward(rows)
         assert torch.equal(part, steps[:, rows].flatten(0, 1))
         assert torch.equal(last, h_n[rows])
+    if batch >= DIGIT_ROWS:
+        return
     h = case.h0  # the same in pieces, single steps among them
     for low, high in pairwise([0, 1, 2, 9, 20]):
-        piece = case.input.view(20, 13, -1)[low:high].flatten(0, 1)
-        part, h, _ = recurrent.layer_forward(cell, piece, [13] * (high - low), h, case.weights, False)
+        piece = case.input.view(20, batch, -1)[low:high].flatten(0, 1)
+        part, h, _ = recurrent.layer_forward(cell, piece, [batch] * (high - low), h, case.weights, False)
         assert torch.equal(part, steps[low:high].flatten(0, 1))
     assert torch.equal(h, h_n)
 
 
+@pytest.mark.parametrize("batch", [4, 18])
 @pytest.mark.parametrize("cell", CELLS)
-def test_nan_stays_in_its_row(isa: str, cell: str) -> None:
-    case = Case(cell, 8, 24, [4] * 5, reverse=False)
-    clean = case.forward()[0].view(5, 4, -1)
-    case.input[9] = float("nan")  # sequence 1, step 2
-    output = case.forward()[0].view(5, 4, -1)
+def test_nan_stays_in_its_row(isa: str, cell: str, batch: int) -> None:
+    case = Case(cell, 8, 24, [batch] * 5, reverse=False)
+    clean = case.forward()[0].view(5, batch, -1)
+    case.input[2 * batch + 1] = float("nan")  # sequence 1, step 2
+    output = case.forward()[0].view(5, batch, -1)
     assert output[2:, 1].isnan().all()
     output[2:, 1] = clean[2:, 1]
     assert torch.equal(output, clean)

@@ -38,4 +38,20 @@ struct PackDigits {
 void pack_digits(const PackDigits& args);
 int64_t packed_digits_size(int64_t k, int64_t n, int64_t gates, int64_t k_groups);
 
+// c [m, n] = a [m, k] b [k, n] by digits; where digit_tiles() alone. For gradients: c's error is a few roundings of
+// float of (the largest number of a row of a) (the largest of a column of b) sqrt(k).
+struct DigitMatmul {
+  const float* a;
+  int64_t a_stride;
+  bool a_across;   // element (i, k) of a is at a[k * a_stride + i], else at a[i * a_stride + k]
+  const float* b;  // element (k, j) at b[k * b_stride + j]
+  int64_t b_stride;
+  float* c;        // contiguous; overlaps nothing
+  int64_t m, n, k;
+  void* scratch;  // digit_matmul_scratch(args) bytes, aligned to 64
+  int threads;
+};
+void digit_matmul(const DigitMatmul& args);
+int64_t digit_matmul_scratch(const DigitMatmul& args);
+
 }  // namespace fastlm

@@ -30,19 +30,19 @@ struct RecurrentForward {
   float* output;       // [N, H] out
   float* h_n;          // [B, H] out: each row's state after its last step
   float* gates;        // out, for a GRU's backward pass: r, z, n and W_hn h + b_hn, [H/L][N][4][L]; or null
-  float* scratch;      // recurrent_forward_scratch(...) floats
+  float* scratch;      // recurrent_forward_scratch(args) floats, aligned to 64 bytes
   int threads;
+  bool digits = false;  // w_ih and w_hh come as digits (fastlm/pack.h), in other bits; not for relu, which has no bound
 };
 void recurrent_forward(const RecurrentForward& args);
-// For N rows in all, B of them in the first step.
-int64_t recurrent_forward_scratch(RecurrentCell cell, int64_t rows, int64_t batch, int64_t hidden);
+int64_t recurrent_forward_scratch(const RecurrentForward& args);  // of addresses, looks at batch_sizes' and gates'
 
 struct RecurrentBackward {
   RecurrentCell cell;
   int64_t steps;
   const int64_t* batch_sizes;
   int64_t hidden;
-  const float* w_hh;  // [3H, H] or [H, H] packed as it is (k = rows, n = H), float
+  const void* w_hh;   // [3H, H] or [H, H] packed as it is (k = rows, n = H), float; as digits, with a group of k a gate
   const float* h0;    // as in the forward pass, from here to gates
   bool reverse;
   const float* output;
@@ -53,10 +53,11 @@ struct RecurrentBackward {
   float* grad_h;             // [N, 3H] or [N, H] out: gradient of W_hh h + b_hh
   float* previous;           // [N, H] out: h before each row's step, for the gradient of W_hh; or null
   float* grad_h0;            // [B, H] out
-  float* scratch;            // recurrent_backward_scratch(...) floats
+  float* scratch;            // recurrent_backward_scratch(args) floats, aligned to 64 bytes
   int threads;
+  bool digits = false;  // w_hh comes as digits; whatever the cell
 };
 void recurrent_backward(const RecurrentBackward& args);
-int64_t recurrent_backward_scratch(int64_t batch, int64_t hidden);
+int64_t recurrent_backward_scratch(const RecurrentBackward& args);  // of addresses, looks at that of batch_sizes
 
 }  // namespace fastlm

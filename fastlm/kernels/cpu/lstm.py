@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
+from fastlm.kernels.cpu.matmul import float_matmul
 from fastlm.kernels.packing import cached, digit_tiles, find, pack, pack_digits
 
 __all__ = ["Gradients", "Saved", "cell", "layer_backward", "layer_forward", "pack_layer", "prepared_cell"]
@@ -279,10 +280,39 @@ def layer_backward(
     )
 
 
+_WORTH_TILES = 1 << 22  # multiplications
+_WORTH_DIGITS = 256  # rows, and numbers in one
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of float32 matrices, without autograd, in memory that is quick to touch (`native.empty`)."""
-    out = native.empty(left.shape[0], right.shape[1])
-    return torch.mm(left.detach(), right.detach(), out=out)
+    """left @ right of float32 matrices, without autograd, in memory that is quick to touch (`native.empty`).
+
+    In digits or parts where there are tiles for them: up to twice as fast as torch's. The transpose of a contiguous
+    `left` is taken as it lies.
+    """
+    (rows, depth), columns = left.shape, right.shape[1]
+    out = native.empty(rows, columns)
+    if rows * columns * depth < _WORTH_TILES or not digit_tiles():
+        return torch.mm(left.detach(), right.detach(), out=out)
+    if min(rows, depth) < _WORTH_DIGITS:  # packing would take too much of it
+        return float_matmul(left.detach(), right.detach(), out=out)
+    across = left.stride(0) == 1 and left.stride(1) >= rows
+    if not across:
+        left = left.contiguous()
+    right = right.contiguous()
+    native.CPU.require().digit_matmul(
+        left.data_ptr(),
+        left.stride(1) if across else depth,
+        across,
+        right.data_ptr(),
+        columns,
+        out.data_ptr(),
+        rows,
+        columns,
+        depth,
+        native.num_threads(),
+    )
+    return out
 
 
 def cell(

@@ -8,14 +8,15 @@ contiguous.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu.lstm import pack_columns, product
-from fastlm.kernels.packing import cached, pack
+from fastlm.kernels.cpu.lstm import columns_in_digits, in_digits, pack_columns, product
+from fastlm.kernels.packing import cached, pack, pack_digits
 
 __all__ = ["Packed", "Saved", "layer_backward", "layer_forward", "pack_layer"]
 
@@ -36,17 +37,21 @@ class Packed(NamedTuple):
     bias: Tensor
 
 
-def pack_layer(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Packed:
+def pack_layer(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, in_digits: bool = False) -> Packed:
     """The weights of a layer in one direction as the kernels want them."""
     rows, hidden = w_hh.shape
+    weight = pack_digits if in_digits else pack
     none = w_hh.new_zeros(rows, dtype=torch.float32)
     of_x, of_h = (none if bias is None else bias.detach().float() for bias in (b_ih, b_hh))
     gates = rows // hidden
     if gates == 1:
-        return Packed(pack(w_ih.t()), pack(w_hh.t()), pack((of_x + of_h)[None]))
+        return Packed(weight(w_ih.t()), weight(w_hh.t()), pack((of_x + of_h)[None]))
     # A GRU's n keeps the two apart: r is multiplied by one of them alone.
     both = torch.cat([(of_x + of_h)[: 2 * hidden], of_x[2 * hidden :], of_h[2 * hidden :]])
-    return Packed(pack(w_ih.t(), gates=gates), pack(w_hh.t(), gates=gates), pack(both[None], gates=4))
+    return Packed(weight(w_ih.t(), gates=gates), weight(w_hh.t(), gates=gates), pack(both[None], gates=4))
+
+
+_pack_digits = partial(pack_layer, in_digits=True)
 
 
 def layer_forward(
@@ -76,7 +81,8 @@ def layer_forward(
         ValueError: `batch_sizes` is empty or not as above. Other shapes are the caller's to check.
     """
     module = native.CPU.require()
-    packed = cached("recurrent", weights, pack_layer)
+    digits = cell != "relu" and in_digits(batch_sizes, *weights[:2])  # a relu's states have no bound
+    packed = cached("recurrent digits", weights, _pack_digits) if digits else cached("recurrent", weights, pack_layer)
     input, h0 = input.contiguous(), h0.contiguous()
     rows, inputs = input.shape
     batch, hidden = h0.shape
@@ -103,6 +109,7 @@ def layer_forward(
         h_n.data_ptr(),
         native.address(gates),
         native.num_threads(),
+        digits,
     )
     saved = Saved((input, *weights[:2], h0, output, gates), cell, batch_sizes, reverse) if save else None
     return output, h_n, saved
@@ -132,7 +139,9 @@ def layer_backward(
     of_x = of_h if gates is None else native.empty(rows, w_hh.shape[0])
     previous = native.empty(rows, hidden) if needs[3] else None
     grad_h0 = torch.empty_like(h0)
-    columns = cached("columns", (w_hh,), pack_columns)
+    digits = in_digits(saved.batch_sizes, w_hh)
+    in_which = columns_in_digits(w_hh.shape[0] // hidden) if digits else pack_columns
+    columns = cached("columns of digits" if digits else "columns", (w_hh,), in_which)
     module.recurrent_backward(
         getattr(module.RecurrentCell, saved.cell),
         saved.batch_sizes,
@@ -151,6 +160,7 @@ def layer_backward(
         native.address(previous),
         grad_h0.data_ptr(),
         native.num_threads(),
+        digits,
     )
     return (
         product(of_x, w_ih.float()) if needs[0] else None,
