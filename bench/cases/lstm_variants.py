@@ -38,10 +38,13 @@ def _agree(name: str, found: list[Tensor], want: list[Tensor], bound: float) -> 
 
 
 def gate(module: nn.LSTM | nn.GRU, input: Tensor) -> None:
+    # Normalisation makes the LSTM's recurrence chaotic: what float32 loses doubles every 16 steps, here as in PyTorch,
+    # and at the 128th is a thousandth. (A GRU forgets it.)
+    start = input[:32]
     torch.manual_seed(1)
-    want = loop(module, input, None)
+    want = loop(module, start, None)
     torch.manual_seed(1)  # the same noise
-    _agree("recurrent variant", train(module, input, None), want, 1e-3)
+    _agree("recurrent variant", train(module, start, None), want, 1e-4)
 
 
 def _bfloat_gate(work: Callable[..., list[Tensor]], ours: nn.LSTM, wide: nn.LSTM, input: Tensor) -> None:
