@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import _VF, Tensor, autograd
+from torch import _VF, Tensor
 
 from fastlm.kernels.cuda import gru as cuda_kernel
 from fastlm.ops.library import autograd_by_reference, cuda_why_not, tracing
@@ -19,38 +18,24 @@ from fastlm.ops.recurrent import (
     native_sequence_why_not,
     torch_sequence,
 )
-from fastlm.ops.recurrent_variants import GRU_VARIANT, drawn
+from fastlm.ops.recurrent_variants import GRU_VARIANT, drawn, layer_by
 from fastlm.ops.registry import Implementation, Op, always
 from fastlm.reference import gru as reference
+from fastlm.reference.recurrent import NORMAL, Weights
 
 __all__ = ["gru", "gru_cell"]
 
 
-class _CudaCell(autograd.Function):
-    """The cell by the CUDA kernel."""
+_cuda_layer = layer_by(cuda_kernel)
 
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-    ) -> Tensor:
-        h_next, gates_x, gates_h = cuda_kernel.cell_forward(input, h, w_ih, w_hh, b_ih, b_hh)
-        ctx.save_for_backward(input, h, w_ih, w_hh, b_ih, b_hh, gates_x, gates_h)
-        return h_next
 
-    @staticmethod
-    @autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, h, w_ih, w_hh, b_ih, b_hh, gates_x, gates_h = ctx.saved_tensors
-        of_x, of_h, of_state = cuda_kernel.cell_backward(grad, gates_x, gates_h, h, b_ih, b_hh)
-        needs = ctx.needs_input_grad
-        return (
-            of_x @ w_ih if needs[0] else None,
-            of_state + of_h @ w_hh if needs[1] else None,
-            of_x.t() @ input if needs[2] else None,
-            of_h.t() @ h if needs[3] else None,
-            of_x.sum(0) if needs[4] else None,
-            of_h.sum(0) if needs[5] else None,
-        )
+def _cuda_cell(input: Tensor, h: Tensor, *weights: Tensor | None) -> Tensor:
+    """A layer of one step."""
+    return _cuda_layer(input, [len(input)], (h,), Weights(*weights), False, NORMAL)[0]  # type: ignore[arg-type]
+
+
+def _cuda_cell_why_not(input: Tensor, *tensors: Tensor | None) -> str | None:
+    return "the batch is empty" if input.numel() == 0 else cuda_why_not(input, *tensors)
 
 
 GRU = SequenceOp(
@@ -69,7 +54,7 @@ GRU_CELL = Op(
         Implementation("cpu", native_cell("gru"), native_cell_why_not),
         Implementation("torch", _VF.gru_cell, always),
         # After torch's, which is fused as well, until there are measurements on a GPU that put it first.
-        Implementation("cuda", _CudaCell.apply, cuda_why_not),
+        Implementation("cuda", _cuda_cell, _cuda_cell_why_not),
         Implementation("reference", reference.gru_cell, always),
     ],
 )

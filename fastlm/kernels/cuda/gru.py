@@ -1,4 +1,4 @@
-"""The GRU on a GPU: its cell, and layers for what cuDNN can't do (layer normalisation, recurrent dropout, zoneout).
+"""The GRU on a GPU, for what cuDNN can't do (layer normalisation, recurrent dropout, zoneout); and single steps.
 
 Packed sequences are those of `fastlm.kernels.cpu.recurrent`. Tensors are on one device, of one of `cuda.STORAGES`; they
 need not be contiguous. The products that take all steps at once are cuBLAS's; the recurrence is a product and a kernel
@@ -24,32 +24,7 @@ from fastlm.kernels.cuda.steps import (
     times,
 )
 
-__all__ = ["Saved", "cell_backward", "cell_forward", "layer_backward", "layer_forward"]
-
-
-@cuda.without_autocast
-def cell_forward(
-    input: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """input [B, I], h [B, H] -> the next h, and the products W_ih x and W_hh h [B, 3H] that the backward needs."""
-    gates_x, gates_h = input @ w_ih.t(), h @ w_hh.t()
-    h = h.contiguous()
-    h_next = torch.empty_like(h)
-    tensors = {"gates_x": gates_x, "gates_h": gates_h, "b_ih": b_ih, "b_hh": b_hh, "h_prev": h, "h": h_next}
-    cuda.launch_cell("gru_cell", h, tensors)
-    return h_next, gates_x, gates_h
-
-
-def cell_backward(
-    grad_h: Tensor, gates_x: Tensor, gates_h: Tensor, h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the two products, and of h but for what comes through them."""
-    h = h.contiguous()
-    grad_gates_x, grad_gates_h, grad_h_prev = (torch.empty_like(t) for t in (gates_x, gates_h, h))
-    tensors = {"gates_x": gates_x, "gates_h": gates_h, "b_ih": b_ih, "b_hh": b_hh, "h_prev": h}
-    results = {"grad_sum_x": grad_gates_x, "grad_sum_h": grad_gates_h, "grad_h_prev": grad_h_prev}
-    cuda.launch_cell("gru_cell_backward", h, tensors | results | {"grad_h": grad_h.contiguous()})
-    return grad_gates_x, grad_gates_h, grad_h_prev
+__all__ = ["Saved", "layer_backward", "layer_forward"]
 
 
 class Saved(NamedTuple):
