@@ -24,6 +24,7 @@ from fastlm.generation.params import SamplingParams, as_ids
 from fastlm.generation.recordings import Recording, Recordings
 from fastlm.generation.speculative import Pace
 from fastlm.models.base import CausalLM
+from fastlm.nn.linear import rows_apart
 from fastlm.nn.state import KVCache
 from fastlm.reference.sample import BadLogits
 
@@ -50,8 +51,8 @@ class Token:
 class Engine:
     """Generates for requests that come and go.
 
-    Prompts are read one by one and decoding uses kernels whose rows do not see each other, so a request's tokens do not
-    depend on what else is active, nor on when it came.
+    Prompts are read one by one, or together where no product can tell, and decoding uses kernels whose rows do not see
+    each other, so a request's tokens do not depend on what else is active, nor on when it came.
 
     Args:
         model: a causal language model, in eval mode. Its parameters must not change while it generates.
@@ -233,7 +234,7 @@ class Engine:
         running = list(self._active)
         joined = []
         while self._waiting and self._free:
-            joined.append(self._join(self._waiting.popleft()))
+            joined += self._join(self._together())
         tokens: list[Token] = []
         if running:
             for ids, logits in self._advance(running, 1 if joined or self._waiting else ahead):
@@ -242,27 +243,48 @@ class Engine:
             tokens += self._accept([request], [token], logits)
         return tokens
 
-    def _join(self, request: Request) -> tuple[Request, int, Tensor]:
-        """Reads the prompt, and samples its first token."""
-        slot, known = self._row_for(request.ids)
-        self._free.remove(slot)
-        request.slot = slot
+    def _together(self) -> list[Request]:
+        """The next requests to join: as many as can be read in one pass, which changes nothing for any of them."""
+        first = self._waiting.popleft()
+        tokens, group = len(first.ids), [first]
+        if self._reuse or not isinstance(self._state, KVCache):
+            return group
+        most = min(len(self._free), _PREFILL_CHUNK // tokens)
+        while self._waiting and len(group) < most and len(self._waiting[0].ids) == tokens:
+            # The output layer sees each prompt's last token alone.
+            if len(group) == 1 and not rows_apart(self._model, tokens, besides=self._model.output):
+                break
+            group.append(self._waiting.popleft())
+        return group
+
+    def _join(self, requests: list[Request]) -> list[tuple[Request, int, Tensor]]:
+        """Reads the prompts, several of one length or one of any, and samples their first tokens."""
+        for request in requests:
+            request.slot, known = self._row_for(request.ids)
+            self._free.remove(request.slot)
+            state = self._state.row(request.slot)
+            state.reset()
+            state.lengths.fill_(known)
         self._pace.join()
         if self._marks is not None:
             self._marks.clear()
-        state = self._state.row(slot)
-        state.reset()
-        state.lengths.fill_(known)
-        ids = torch.tensor([request.ids[known:]], dtype=torch.int64, device=self._model.device)
+        device = self._model.device
+        ids = torch.tensor([request.ids[known:] for request in requests], dtype=torch.int64, device=device)
+        rows = None
+        if len(requests) > 1:
+            state, rows = self._state, [request.slot for request in requests]
         for chunk in ids.split(_PREFILL_CHUNK, dim=1):
-            hidden = self._model.hidden(chunk, state)
+            hidden = self._model.hidden(chunk, state, rows)
         logits = self._model.head(hidden[:, -1:])[:, -1]
-        recording = self._recordings.of([request], 1)
-        recording.lanes.fill([request], self._stop_ids)
-        self._recordings.stale()
-        token = int(recording.lanes.sample(logits))
-        self._active.append(request)
-        return request, token, logits
+        joined = []
+        for at, request in enumerate(requests):
+            recording = self._recordings.of([request], 1)
+            recording.lanes.fill([request], self._stop_ids)
+            self._recordings.stale()
+            own = logits[at : at + 1]
+            joined.append((request, int(recording.lanes.sample(own)), own))
+            self._active.append(request)
+        return joined
 
     def _row_for(self, prompt: list[int]) -> tuple[int, int]:
         """A free row of the state, and how many of the prompt's tokens it holds already."""

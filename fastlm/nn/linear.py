@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.nn.hooks import untouched
+from fastlm.ops.linear import apart
 from fastlm.ops.quantized import QuantizedTensor
 
-__all__ = ["Linear", "QuantizedLinear", "plain", "project"]
+__all__ = ["Linear", "QuantizedLinear", "plain", "project", "rows_apart"]
 
 
 class Linear(nn.Linear):
@@ -60,6 +61,13 @@ def project(input: Tensor, *layers: Linear | QuantizedLinear) -> list[Tensor]:
     if not _untouched(*layers) or len(computes) > 1:
         return [layer(input) for layer in layers]
     return ops.linear_group(input, [x.weight for x in layers], [x.bias for x in layers], compute=computes.pop())
+
+
+def rows_apart(model: nn.Module, tokens: int, *, besides: nn.Module | None = None) -> bool:
+    """Whether the linear layers of a model, but for one, give each sequence of a batch, all of so many tokens, the bits
+    that it would have alone."""
+    layers = [x for x in model.modules() if isinstance(x, (nn.Linear, QuantizedLinear)) and x is not besides]
+    return all(apart(x.weight, tokens, getattr(x, "compute", "exact")) for x in layers)
 
 
 def plain(*layers: nn.Module) -> bool:

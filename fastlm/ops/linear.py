@@ -107,6 +107,15 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
     return None
 
 
+def apart(weight: Tensor | QuantizedTensor, tokens: int, compute: str) -> bool:
+    """Whether `linear` gives each sequence of an input [B, tokens, K] the bits that it would have alone.
+
+    torch's matrix products do not: with more rows they may sum in another order.
+    """
+    few = tokens <= reference.FEW_TOKENS and (isinstance(weight, QuantizedTensor) or weight.dtype in _NARROW)
+    return native.CPU.module is not None and weight.is_cpu and choosing() and (_integer(weight, compute) or few)
+
+
 def _triton_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:
     if not isinstance(weight, QuantizedTensor) or weight.kind not in _INTEGER_KINDS:
         return _torch_run(input, weight, bias, compute)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from tiny_models import TINY, VOCAB, spread
+import torch
+from tiny_models import TINY, VOCAB, llama, spread
+from torch import Tensor
 
 from fastlm.generation import Engine, SamplingParams
+from fastlm.generation import engine as engine_module
+from fastlm.generation.draft_model import quantized_copy
 from fastlm.generation.recordings import Recordings
 from fastlm.models.base import CausalLM
+from fastlm.nn.state import KVCache
 
 
 @pytest.fixture(params=["gpt", "llama", "lstm"])
@@ -139,3 +146,59 @@ def test_shared_beginnings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> Non
         prefills = [count for count in read if count > 1]
         assert prefills == ([32, 31, 34, 5] if not reuse else [32, 2, 5])
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("length", [1, 9, 16, 17, 40])
+@pytest.mark.parametrize("kind", [None, "Q8_0"])
+def test_prompts_read_together_are_read_as_alone(
+    kind: str | None, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: their keys and values, their first logits, their tokens."""
+    plain = spread(lambda: llama(intermediate_size=64))
+    model = plain if kind is None else quantized_copy(plain, kind)
+    prompts = [[(7 * row + at * at) % VOCAB for at in range(length)] for row in range(5)]
+    shapes: list[tuple[int, ...]] = []
+
+    class Watched(type(model)):  # type: ignore[misc]
+        def hidden(self, ids: Tensor, *rest: Any) -> Tensor:
+            shapes.append(tuple(ids.shape))
+            return super().hidden(ids, *rest)  # type: ignore[no-any-return]
+
+    model.__class__ = Watched
+
+    def run(rows: int) -> tuple[list[list[int]], list[Tensor]]:
+        shapes.clear()
+        engine = Engine(model, rows=rows)
+        for prompt in prompts:
+            engine.submit(prompt, SamplingParams(max_new_tokens=4, seed=1, logprobs=True))
+        tokens: list[list[int]] = [[] for _ in prompts]
+        found: list[Tensor] = []
+        while engine.active:
+            for token in engine.step():
+                tokens[token.row].append(token.id)
+                found.append(torch.tensor(token.logprob))
+            if len(found) == rows == 5:
+                assert isinstance(engine._state, KVCache)
+                found += [t[:, :, :length].clone() for t in (*engine._state.keys, *engine._state.values)]
+        return tokens, found
+
+    together = run(5)
+    assert ((5, length) in shapes) == (kind is not None or length <= 16)
+    two_at_a_time = run(2)
+    assert (kind is None and length > 16) or (2, length) in shapes
+    monkeypatch.setattr(engine_module, "rows_apart", lambda *_, **__: False)
+    alone = run(5)
+    assert shapes[:5] == [(1, length)] * 5
+    assert alone[0] == together[0] == two_at_a_time[0]
+    assert len(alone[1]) > 20 and all(torch.equal(a, b) for a, b in zip(alone[1], together[1], strict=True))
+
+
+def test_a_pass_over_several_prompts_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_PREFILL_CHUNK", 10)
+    engine = Engine(spread(llama), rows=8)
+    for length in (4, 4, 4, 3, 3, 4, 12):
+        engine.submit([5] * length, SamplingParams(max_new_tokens=2, seed=1))
+    groups = []
+    while engine._waiting:
+        groups.append([len(request.ids) for request in engine._together()])
+    assert groups == [[4, 4], [4], [3, 3], [4], [12]]
