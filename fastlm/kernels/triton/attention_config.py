@@ -57,7 +57,7 @@ CONFIGS: dict[str, dict[tuple[str, int], tuple[Config, ...]]] = {
         ("grad_key_value all", 2): (_C(32, 32, 8, 1), _C(16, 32, 8, 1), _C(16, 16, 8, 2)),
         ("grad_query all", 2): (_C(64, 32, 8, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1)),
         ("forward all", 4): (_C(32, 32, 8, 1), _C(16, 16, 8, 1), _C(16, 16, 8, 1)),
-        ("grad_key_value all", 4): (_C(16, 16, 8, 1), _C(16, 16, 8, 1)),
+        ("grad_key_value all", 4): (_C(16, 16, 8, 1), _C(16, 16, 8, 3)),
         ("grad_query all", 4): (_C(32, 16, 8, 1), _C(16, 16, 8, 1)),
     },
     "sm_86": {
