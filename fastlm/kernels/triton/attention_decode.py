@@ -283,14 +283,17 @@ def chunk_size(tokens: int, capacity: int) -> int:
     return max(CHUNK, triton.next_power_of_2(triton.cdiv(capacity, MOST_CHUNKS)))
 
 
-def tile(rows: int, dim: int, element_size: int) -> dict[str, int]:
-    """The tile for so many queries (tokens x group) of a key/value head: sizes, warps and stages."""
+def tile(rows: int, dim: int, element_size: int, codes: str = "") -> dict[str, int]:
+    """The tile for so many queries (tokens x group) of a key/value head: sizes, warps and stages.
+
+    int8 is read 4 bytes at a time and widened in registers, which hold fewer keys of it than of the query's dtype.
+    """
     padded = max(16, triton.next_power_of_2(dim))
     width = padded * element_size  # bytes of a key
     return {
         "PADDED": padded,
         "BLOCK_M": min(max(16, triton.next_power_of_2(rows)), max(16, 8192 // width)),
-        "BLOCK_N": min(64, max(16, 16384 // width)),
+        "BLOCK_N": max(16, min(64, 16384 // width) // (element_size if codes == "int8" else 1)),
         "num_warps": 8 if width == 512 else 4,
         "num_stages": 2,
     }
@@ -339,7 +342,7 @@ def _launch(
     if slopes is not None:
         slopes = slopes.float().contiguous()
     group = heads // kv_heads
-    sizes = tile(tokens * group, dim, query.element_size())
+    sizes = tile(tokens * group, dim, query.element_size(), codes)
     chunk = chunk_size(tokens, capacity)
     chunks = triton.cdiv(capacity, chunk) if chunk else 1
     partial, largest, total = output, None, None

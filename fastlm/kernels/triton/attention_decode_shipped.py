@@ -65,7 +65,7 @@ def _shipped(
 ) -> Shipped:
     group = 4
     size = _WORD[dtype]
-    sizes = tile(tokens * group, dim, size)
+    sizes = tile(tokens * group, dim, size, codes)
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
     stored = {"": f"*{dtype}", "native": "*fp8e4nv", "bits": "*u8", "int8": "*i8"}[codes]
     pointers = {
