@@ -1,16 +1,18 @@
 // Products of floats by the unit that multiplies tiles of bfloat16 and sums in float (AMX), as accurate as in float.
 //
-// A float is the sum of three bfloat16, 8 bits each. Of the nine products of parts six are made, and what is left out is
-// at most 2^-23 of a product (Henry, Tang, Heinecke, 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For
-// Higher-Precision Computations", https://arxiv.org/abs/1904.06376). A factor that is bfloat16 itself is one part, one in
-// half precision two.
+// A float is the sum of three bfloat16, 8 bits each. Of the nine products of parts six are made, and what is left out
+// is at most 2^-23 of a product (Henry, Tang, Heinecke, 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype
+// For Higher-Precision Computations", https://arxiv.org/abs/1904.06376). A factor that is bfloat16 itself is one part,
+// one in half precision two.
 //
-// The unit takes numbers below 2^-126 for 0. So a part that small is lost, and a number below 2^-110 loses its last bits;
-// products below 2^-126 vanish. An infinity or NaN makes every sum that it is in infinite or NaN; which, is not defined.
+// The unit takes numbers below 2^-126 for 0. So a part that small is lost, and a number below 2^-110 loses its last
+// bits; products below 2^-126 vanish. An infinity or NaN makes every sum that it is in infinite or NaN; which, is not
+// defined.
 //
-// Packed, a step is 32 of k and a tile 16 by 16 words: word p holds k = p in its low half and k = p + 16 in its high half,
-// so that two vectors of neighbours become words without a shuffle. Of a tiles are [row][p], of b [p][column], and the
-// parts of a step follow one another: a [steps][3] tiles for 16 rows, b [steps][parts] tiles for 16 columns, a panel.
+// Packed, a step is 32 of k and a tile 16 by 16 words: word p holds k = p in its low half and k = p + 16 in its high
+// half, so that two vectors of neighbours become words without a shuffle. Of a tiles are [row][p], of b [p][column],
+// and the parts of a step follow one another: a [steps][3] tiles for 16 rows, b [steps][parts] tiles for 16 columns, a
+// panel.
 #pragma once
 
 #include "fastlm/matmul.h"
@@ -24,7 +26,8 @@ constexpr int64_t kDepth = 2 * kTile;  // of k in a tile
 constexpr int64_t kTileWords = kTile * kTile;
 constexpr int kParts = 3;  // of a float
 
-// x rounded to bfloat16, as a float; what cannot be rounded up without overflow, infinities and NaN among it, is cut off.
+// x rounded to bfloat16, as a float; what cannot be rounded up without overflow, infinities and NaN among it, is cut
+// off.
 FASTLM_INLINE vf leading(vf x) {
   const vu bits = (vu)x;
   const vu half = (vu)((bits & 0x7fffffff) < 0x7f7f8000) & 0x8000;
@@ -104,8 +107,8 @@ struct alignas(64) TileConfig {
 #define FASTLM_TILE_MULTIPLY(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c :::)
 #define FASTLM_TILE_ZERO(r) asm volatile("tilezero %%tmm" #r :::)
 
-// Registers: 0 and 1 sums of first parts, 2 and 3 of others, 4 to 7 parts. Two tiles in turn share what a step's nine loads
-// bring for twelve products; for each sum the order of products is the same in both.
+// Registers: 0 and 1 sums of first parts, 2 and 3 of others, 4 to 7 parts. Two tiles in turn share what a step's nine
+// loads bring for twelve products; for each sum the order of products is the same in both.
 template <int Parts>
 static __attribute__((noinline)) void wide_product(const uint32_t* a, const uint32_t* b, int64_t panel, int64_t steps,
                                                    TileSums& sums) {

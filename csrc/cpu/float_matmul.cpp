@@ -12,8 +12,9 @@ namespace {
 constexpr int64_t kSteps = 4;  // of k in a block: 32 rows of a are 24 KB, half of level 1
 constexpr int64_t kBlockDepth = kSteps * kDepth;
 constexpr int64_t kBlockBytes = 3 << 18;  // of b in a block: under half of the level-2 cache of processors with tiles
-constexpr int64_t kWide = 2 * kTile;         // columns of c at a time
-constexpr int64_t kWorthAThread = 1 << 21;   // multiplications below which waking a second thread costs more than it saves
+constexpr int64_t kPanelsAhead = 2;  // fetched before they are packed
+constexpr int64_t kWide = 2 * kTile;  // columns of c at a time
+constexpr int64_t kWorthAThread = 1 << 21;  // multiplications below which waking a thread more costs more than it saves
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -79,6 +80,15 @@ static __attribute__((noinline)) void pack_tiles(const void* from, int64_t at, i
     for (int j = 0; j < kCount; ++j) turn(tiles + j * kTileWords);
 }
 
+// Asks for `columns` numbers of some rows, which come to the level-2 cache while others are worked on.
+template <Numbers N = Numbers::kFloat>
+FASTLM_INLINE void fetch(const void* from, int64_t at, int64_t stride, int64_t rows, int64_t columns) {
+  constexpr int64_t kBytes = N == Numbers::kFloat ? 4 : 2;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < columns; j += 64 / kBytes)
+      __builtin_prefetch(static_cast<const char*>(from) + (at + r * stride + j) * kBytes, 0, 2);
+}
+
 // Rows [row, row + rows) of a in the columns from `k`, of `depth`.
 FASTLM_INLINE void pack_a(const FloatMatmul& x, int64_t row, int64_t rows, int64_t k, int64_t depth, uint32_t* to) {
   for (int64_t s = 0; s < depth; s += kDepth, to += kParts * kTileWords)
@@ -95,21 +105,19 @@ FASTLM_INLINE void pack_b(const FloatMatmul& x, int64_t column, int64_t columns,
   constexpr int64_t kTiles = parts_of(N) * kTileWords;
   const int64_t steps = ceil_div(depth, kDepth), panels = ceil_div(columns, kTile);
   if (x.turn_b)
-    for (int64_t p = 0; p < panels; ++p)
+    for (int64_t p = 0; p < panels; ++p) {
+      // Short pieces of many rows: the processor does not see by itself what comes next.
+      const int64_t ahead = (p + kPanelsAhead) * kTile;
+      fetch<N>(x.b, (column + ahead) * x.b_stride + k, x.b_stride, smaller(kTile, columns - ahead), depth);
       for (int64_t s = 0; s < steps; ++s)
         pack_tiles<N, false, true>(x.b, (column + p * kTile) * x.b_stride + k + s * kDepth, x.b_stride,
                                    columns - p * kTile, depth - s * kDepth, to + (p * steps + s) * kTiles);
+    }
   else
     for (int64_t s = 0; s < steps; ++s)
       for (int64_t p = 0; p < panels; ++p)
         pack_tiles<N, true, true>(x.b, (k + s * kDepth) * x.b_stride + column + p * kTile, x.b_stride,
                                   columns - p * kTile, depth - s * kDepth, to + (p * steps + s) * kTiles);
-}
-
-// Asks for rows of floats, which come to the level-2 cache while others are multiplied.
-FASTLM_INLINE void fetch(const float* from, int64_t stride, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < columns; j += kTile) __builtin_prefetch(from + r * stride + j, 0, 2);
 }
 
 // c (+)= sums + bias, in some rows and columns; `width`: of the sums' rows.
@@ -143,7 +151,7 @@ FASTLM_INLINE void multiply_rows(const TileUnit& unit, const uint32_t* a, const 
   TileSums sums[2];
   for (int64_t j = 0, i = 0; j < columns + kWidth; j += kWidth, i ^= 1) {
     if (j < columns) {
-      if (add) fetch(c + j, stride, rows, smaller(kWidth, columns - j));
+      if (add) fetch(c, j, stride, rows, smaller(kWidth, columns - j));
       const uint32_t* const first = b + j / kTile * panel;
       if (Tall)
         unit.multiply_tall<Parts>(a, first, steps * kParts * kTileWords, steps, sums[i]);
@@ -171,9 +179,9 @@ void rectangle(const FloatMatmul& x, Range rows, Range columns, uint32_t* a, uin
         for (int64_t half = 0; half < few; half += kTile)
           pack_a(x, i + half, smaller(kTile, few - half), k, depth, a + half / kTile * steps * kParts * kTileWords);
         if (x.turn_a)
-          fetch(x.a + k * x.a_stride + i + few, x.a_stride, depth, smaller(few, rows.end - i - few));
+          fetch(x.a, k * x.a_stride + i + few, x.a_stride, depth, smaller(few, rows.end - i - few));
         else
-          fetch(x.a + (i + few) * x.a_stride + k, x.a_stride, smaller(few, rows.end - i - few), depth);
+          fetch(x.a, (i + few) * x.a_stride + k, x.a_stride, smaller(few, rows.end - i - few), depth);
         float* const c = x.c + i * x.c_stride + j;
         unit.set_rows(smaller(kTile, few));
         if (few > kTile)

@@ -1,6 +1,6 @@
-// Products of floats by parts in bfloat16 against double precision, beside what plain float sums give: both factors turned
-// and not, narrower second factors, sizes around tiles and blocks, guards behind what is written; the same bits for any
-// number of threads and rows; what is not finite. With the tile unit, where there is one, and without.
+// Products of floats by parts in bfloat16 against double precision, beside what plain float sums give: both factors
+// turned and not, narrower second factors, sizes around tiles and blocks, guards behind what is written; the same bits
+// for any number of threads and rows; what is not finite. With the tile unit, where there is one, and without.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -76,7 +76,8 @@ std::vector<float> run(fastlm::FloatMatmul x, float before = -7.0f) {
   return result;
 }
 
-fastlm::FloatMatmul product(const Factor& a, bool turn_a, const Factor& b, bool turn_b, int64_t m, int64_t n, int64_t k) {
+fastlm::FloatMatmul product(const Factor& a, bool turn_a, const Factor& b, bool turn_b, int64_t m, int64_t n,
+                            int64_t k) {
   return {a.values.data(), a.columns, turn_a, b.data(), b.columns, turn_b, b.numbers, nullptr, nullptr, n, false,
           m,               n,         k,      nullptr,  1};
 }

@@ -56,7 +56,7 @@ def matmul(
 
 # Rows and columns of a product below which packing the factors costs what the tile unit gains: of float32 factors, and
 # where the second is narrower, has fewer parts to multiply, and would have to be expanded for torch.
-_FEW, _FEW_OF_NARROW, _SHALLOW = 192, 64, 64
+_FEW, _FEW_OF_NARROW, _SHALLOW = 64, 32, 64
 
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
