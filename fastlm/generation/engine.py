@@ -34,7 +34,6 @@ FinishReason = Literal["stop", "length", "context"]
 """A stop token or stop string; max_new_tokens reached; the model's context is full."""
 
 _PREFILL_CHUNK = 512  # tokens a prompt advances at a time: bounds the activations of a long prompt
-_UNGUESSED = 8  # plain steps at a time while guesses are rehearsed
 _WORTH_REUSING = 16  # tokens that two prompts share, below which copying them is no gain
 
 
@@ -317,7 +316,7 @@ class Engine:
             guessed = self._guess(running[0])
             if guessed:
                 return guessed
-            ahead = min(ahead, 1 if running[0].guessing else max(_UNGUESSED, self._pace.waiting))
+            ahead = min(ahead, 1 if running[0].guessing else self._pace.ahead)
         recording = self._recordings.filled(running, 1)
         if self._marks is not None:
             ahead = 1

@@ -29,6 +29,7 @@ class Pace:
     _EARNED = 0.01
     _AT_FIRST = 0.8
     _AT_MOST = 12.0  # so that a text that was easy and no longer is soon shows
+    _OFTEN, _SELDOM = 8, 16  # plain steps at a time between rehearsals
     _MOST_REHEARSAL = 4.0  # what takes longer has been held up by something else
     _GUESS = 1 / 3  # what a guess is taken to cost before that is known, made and confirmed
     _RECORDING = 5.0  # and recording
@@ -48,6 +49,7 @@ class Pace:
         self._saved, self._among = 0.0, 0  # steps that rounds would have saved, in so many tokens
         self._setup = 0.0  # steps before the draft's first round
         self._rest = 0.0  # plain tokens until the next rehearsal
+        self._futile = False  # the last one saved nothing
 
     def plain(self, seconds: float, tokens: int) -> None:
         """Plain steps have given so many tokens."""
@@ -67,6 +69,7 @@ class Pace:
         self._saved += found.right - found.rounds * self._stake(count)
         if self._saved <= 0:
             self._saved, self._among = 0.0, 0
+        self._futile = not self._saved
 
     def promising(self, count: int, left: int, recorded: bool) -> bool:
         """Whether rehearsals have shown that rounds of `count` guesses are likely to pay in the rest of the text,
@@ -95,6 +98,12 @@ class Pace:
     def _stake(self, count: int) -> float:
         """What a round loses that gives nothing beyond a plain step's token."""
         return max(0.0, self._round - 1.0) if self._round else count * self._GUESS
+
+    @property
+    def ahead(self) -> int:
+        """Plain tokens to give before looking again. To interrupt a replay costs up to half a step: more of them where
+        the last rehearsal saved nothing."""
+        return max(self._SELDOM if self._futile else self._OFTEN, self.waiting)
 
     @property
     def waiting(self) -> int:
