@@ -11,7 +11,7 @@ namespace FASTLM_ISA {
 struct Digits {};
 
 // Steps are taken together in larger chunks than of floats: a chunk's pass over W_ih drives W_hh out of level 2.
-constexpr int64_t kDigitChunkRows = 256;
+constexpr int64_t kDigitChunkRows = 512;
 
 FASTLM_INLINE int64_t floats_for(int64_t bytes) { return panels_for(bytes, 64) * 16; }
 FASTLM_INLINE uint8_t* take_bytes(float*& memory, int64_t bytes) {

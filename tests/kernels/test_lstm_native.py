@@ -210,6 +210,18 @@ def test_products_are_as_accurate_as_torchs(rows: int, depth: int, columns: int,
     assert found[1:].isfinite().all()
 
 
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_numbers_of_unlike_size_are_as_accurate(what: str) -> None:
+    case = Case(128, 96, 0, [12] * 6, reverse=False)
+    if what == "input":
+        case.input[:, 3] *= 200
+    else:
+        for weight in case.weights[:2]:
+            assert weight is not None
+            weight.data[:, 5] *= 100
+    case.check(case.native())
+
+
 def test_gradients_are_deterministic(isa: str) -> None:
     case = Case(70, 200, 0, RAGGED, reverse=False)
     first, second = case.native(), case.native()

@@ -1,8 +1,8 @@
 """The native GRU and plain RNN: one direction of one layer over a packed sequence, and its gradients.
 
 Packed sequences are those of `fastlm.kernels.cpu.lstm`. A row's result never depends on the other rows, on the steps
-taken in one call, or on the thread count. float32 on the CPU, but the weights may be bfloat16; tensors need not be
-contiguous.
+taken in one call, or on the thread count; but see `lstm.in_digits`. float32 on the CPU, but the weights may be
+bfloat16; tensors need not be contiguous.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def layer_forward(
         ValueError: `batch_sizes` is empty or not as above. Other shapes are the caller's to check.
     """
     module = native.CPU.require()
-    digits = cell != "relu" and in_digits(batch_sizes, *weights[:2])  # a relu's states have no bound
+    w_ih, w_hh, *_ = weights
+    assert w_ih is not None and w_hh is not None
+    digits = cell != "relu" and in_digits(batch_sizes, w_ih, w_hh, input)  # a relu's states have no bound
     packed = cached("recurrent digits", weights, _pack_digits) if digits else cached("recurrent", weights, pack_layer)
     input, h0 = input.contiguous(), h0.contiguous()
     rows, inputs = input.shape
@@ -139,7 +141,7 @@ def layer_backward(
     of_x = of_h if gates is None else native.empty(rows, w_hh.shape[0])
     previous = native.empty(rows, hidden) if needs[3] else None
     grad_h0 = torch.empty_like(h0)
-    digits = in_digits(saved.batch_sizes, w_hh)
+    digits = in_digits(saved.batch_sizes, w_ih, w_hh)
     in_which = columns_in_digits(w_hh.shape[0] // hidden) if digits else pack_columns
     columns = cached("columns of digits" if digits else "columns", (w_hh,), in_which)
     module.recurrent_backward(
