@@ -293,7 +293,7 @@ def tile(rows: int, dim: int, element_size: int, codes: str = "") -> dict[str, i
     return {
         "PADDED": padded,
         "BLOCK_M": min(max(16, triton.next_power_of_2(rows)), max(16, 8192 // width)),
-        "BLOCK_N": max(16, min(64, 8192 // (width * element_size) if codes == "int8" else 16384 // width)),
+        "BLOCK_N": 16 if codes == "int8" else min(64, max(16, 16384 // width)),
         "num_warps": 8 if width == 512 else 4,
         "num_stages": 2,
     }
