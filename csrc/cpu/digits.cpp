@@ -1,6 +1,7 @@
 // Packing into digits, and a product of two matrices by them.
 #include "digits.h"
 
+#include "amx.h"
 #include "attention_tile.h"
 #include "fastlm/pack.h"
 #include "threads.h"
@@ -11,6 +12,12 @@ namespace FASTLM_ISA {
 namespace {
 
 int64_t padded_depth(int64_t k, int64_t groups) { return panels_for(k / groups, kTileHeight) * kTileHeight * groups; }
+
+// Of 16 columns, as digits or, without a group, as parts.
+int64_t block_bytes(int64_t k, int64_t groups) {
+  if (groups == 0) return panels_for(k, kDepth) * kParts * kTileWords * static_cast<int64_t>(sizeof(uint32_t));
+  return digit_column_block(padded_depth(k, groups));
+}
 
 #if defined(__AVX512F__)
 // Sixteen columns of the source, some of them beyond its end.
@@ -95,6 +102,20 @@ void pack_block(const Columns& columns, uint8_t* to) {
       digit_words(rows + word * 4, scale, words);
       for (int digit = 0; digit < kDigits; ++digit)
         std::memcpy(tile + digit * kTileBytes + word * 64, &words[digit], sizeof(vi));
+    }
+  }
+}
+
+// The same block as bfloat16 parts.
+void pack_parts(const Columns& columns, uint32_t* to) {
+  for (int64_t at = 0; at < columns.k; at += kDepth, to += kParts * kTileWords) {
+    vf low[kTile], high[kTile];
+    columns.load_rows(at, low);
+    columns.load_rows(at + kTile, high);
+    for (int64_t p = 0; p < kTile; ++p) {
+      vu parts[kParts];
+      split(low[p], high[p], parts);
+      for (int j = 0; j < kParts; ++j) std::memcpy(to + j * kTileWords + p * kTile, &parts[j], sizeof(parts[j]));
     }
   }
 }
@@ -202,22 +223,25 @@ void digit_matmul(const DigitMatmul& x) {
 
 int64_t packed_digits_size(int64_t k, int64_t n, int64_t gates, int64_t k_groups) {
   const int64_t blocks = gates != 0 ? panels_for(n / gates, kLanes) * gates : panels_for(n, kPanel) * 4;
-  return blocks * digit_column_block(padded_depth(k, k_groups));
+  return blocks * block_bytes(k, k_groups);
 }
 
 void pack_digits(const PackDigits& a) {
 #if defined(__AVX512F__)
   const int64_t units = a.gates != 0 ? a.n / a.gates : a.n, vectors = a.gates != 0 ? a.gates : 4;
   const int64_t blocks = a.gates != 0 ? panels_for(units, kLanes) * a.gates : panels_for(a.n, kPanel) * 4;
-  const int64_t bytes = digit_column_block(padded_depth(a.k, a.k_groups));
+  const int64_t bytes = block_bytes(a.k, a.k_groups);
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1)
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t panel = block / vectors, v = block % vectors;
     const int64_t first = a.gates != 0 ? panel * kLanes : block * kLanes, left = units - first;
     const float* const source = a.source + (first + (a.gates != 0 ? v * units : 0)) * a.stride_n;
     const int valid = static_cast<int>(left < 0 ? 0 : left < kLanes ? left : kLanes);
-    pack_block({source, a.k, a.k_groups, a.stride_k, a.stride_n, valid},
-               static_cast<uint8_t*>(a.packed) + block * bytes);
+    uint8_t* const to = static_cast<uint8_t*>(a.packed) + block * bytes;
+    if (a.k_groups == 0)
+      pack_parts({source, a.k, 1, a.stride_k, a.stride_n, valid}, reinterpret_cast<uint32_t*>(to));
+    else
+      pack_block({source, a.k, a.k_groups, a.stride_k, a.stride_n, valid}, to);
   }
 #else
   (void)a;

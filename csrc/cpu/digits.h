@@ -123,11 +123,13 @@ class DigitTiles {
     for (int i = 0; i < 8; ++i) config.rows[i] = static_cast<uint8_t>(i < 7 ? rows : kTileHeight);
     asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
   }
+  void lost() { rows_ = 0; }  // somebody else has used the registers
 
  private:
   int64_t rows_ = 0;
 #else
   void set_rows(int64_t) {}
+  void lost() {}
 #endif
 };
 

@@ -50,7 +50,7 @@ class Forward {
       step_hidden_ = take_floats(scratch, batch * a.hidden);
     }
     if (kDigits) {
-      input_digits_ = InputDigits(scratch, chunk_rows(batch, kChunk), a.inputs);
+      input_parts_ = InputParts(scratch, chunk_rows(batch, kChunk), a.inputs);
       states_ = StateDigits(scratch, batch, a.outputs, a.h0, false);
     }
     scratch_ = scratch - a.scratch;
@@ -73,15 +73,15 @@ class Forward {
     const auto inputs = [&](int64_t low, int64_t high) {
       const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
       if (kDigits) {
-        input_digits_.put(input.first, share(high - low, thread, threads));
+        input_parts_.put(input.first, share(high - low, thread, threads));
         barrier.wait();
-        tiles.set_rows(high - low);
+        tiles.lost();
       }
       for (int64_t u = own.begin; u < own.end; ++u) {
         float* gates = gates_ + (u * gate_rows_ + low - base(low)) * kPanel;
         fill_bias(gates, a.bias + u * kPanel, high - low);
         if constexpr (kDigits)
-          input_digits_.product<4, 3>(high - low, panel(a.w_ih, u, a.inputs), gates);
+          input_parts_.product<4, 3>(high - low, a.w_ih, u, gates);
         else
           panel_product(input, high - low, panel(a.w_ih, u, a.inputs), a.inputs, gates, kPanel);
       }
@@ -156,7 +156,7 @@ class Forward {
   float* projected_ = nullptr;    // [B, padded P]
   float* step_hidden_ = nullptr;  // [B, H]: o tanh(c) of the step, with a projection, where it is not saved
   bool save_;
-  InputDigits input_digits_;  // of a chunk
+  InputParts input_parts_;  // of a chunk
   StateDigits states_;
   int64_t scratch_;  // floats in use
 };
@@ -314,19 +314,19 @@ void lstm_backward(const LstmBackward& args) {
 
 template <typename W>
 static void cell_as(const LstmCell& a) {
-  constexpr int64_t kTile = 48;  // rows at a time: their gates stay in the level-1 cache
+  constexpr int64_t kCellRows = 48;  // rows at a time: their gates stay in the level-1 cache
   const int64_t panels = panels_for(a.hidden, kLanes);
   const int team = useful_threads(a.threads, a.batch * 4 * a.hidden * (a.inputs + a.hidden), panels);
   parallel(team, [&](int thread, int threads, Barrier&) {
-    alignas(64) float gates[kTile * kPanel];
+    alignas(64) float gates[kCellRows * kPanel];
     static thread_local bool back = false;  // from one step to the next: most often they use the same weights
     sweep(share(panels, thread, threads), back, [&](int64_t u) {
       const int64_t at = u * kLanes;
       const int n = lanes_left(a.hidden, at);
       const W* const w_ih = static_cast<const W*>(a.w_ih) + u * panel_size<W>(a.inputs, kPanel);
       const W* const w_hh = static_cast<const W*>(a.w_hh) + u * panel_size<W>(a.hidden, kPanel);
-      for (int64_t low = 0; low < a.batch; low += kTile) {
-        const int64_t rows = a.batch - low < kTile ? a.batch - low : kTile;
+      for (int64_t low = 0; low < a.batch; low += kCellRows) {
+        const int64_t rows = a.batch - low < kCellRows ? a.batch - low : kCellRows;
         fill_bias(gates, a.bias + u * kPanel, rows);
         panel_product({a.input + low * a.inputs, nullptr, rows, a.inputs}, rows, w_ih, a.inputs, gates, kPanel);
         panel_product({a.h + low * a.hidden, nullptr, rows, a.hidden}, rows, w_hh, a.hidden, gates, kPanel);

@@ -1,6 +1,7 @@
-// What recurrent layers keep as digits (digits.h): their states, their inputs, and the gradients of their gates.
+// What recurrent layers keep for tiles: states and the gates' gradients as digits (digits.h), inputs as parts (amx.h).
 #pragma once
 
+#include "amx.h"
 #include "digits.h"
 #include "recurrence.h"
 
@@ -23,25 +24,64 @@ FASTLM_INLINE float* take_floats(float*& memory, int64_t n) {
   return reinterpret_cast<float*>(take_bytes(memory, n * static_cast<int64_t>(sizeof(float))));
 }
 
-// Rows of input, of a chunk at a time.
-class InputDigits {
+// Rows of input, of a chunk at a time. Their numbers need not have one scale, as states have: they are not digits but three
+// bfloat16 each, which keep the range of floats (amx.h); and so are the weights, in blocks of 16 columns.
+class InputParts {
  public:
-  static int64_t floats(int64_t rows, int64_t k) { return floats_for(digit_rows_bytes(rows, k)) + floats_for(rows * 4); }
-  InputDigits() = default;
-  InputDigits(float*& memory, int64_t rows, int64_t k)
-      : rows_{take_bytes(memory, digit_rows_bytes(rows, k)), k}, units_(take_floats(memory, rows)) {}
+  static int64_t words(int64_t k) { return panels_for(k, kDepth) * kParts * kTileWords; }  // of 16 rows, or columns
+  InputParts() = default;
+  InputParts(float*& memory, int64_t rows, int64_t k) : k_(k) {
+    tiles_ = reinterpret_cast<uint32_t*>(take_floats(memory, panels_for(rows, kTile) * words(k)));
+  }
 
   void put(const float* input, Range rows) const {
-    for (int64_t i = rows.begin; i < rows.end; ++i) put_row(input + i * rows_.k, rows_.k, rows_, i, units_ + i);
+#if defined(__AVX512F__)
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      const float* const x = input + i * k_;
+      uint32_t* to = tiles_ + i / kTile * words(k_) + i % kTile * kTile;
+      for (int64_t at = 0; at < k_; at += kDepth, to += kParts * kTileWords) {
+        vu parts[kParts];
+        split(load_until(x, at, k_, 0.0f), load_until(x, at + kTile, k_, 0.0f), parts);
+        for (int j = 0; j < kParts; ++j) std::memcpy(to + j * kTileWords, &parts[j], sizeof(parts[j]));
+      }
+    }
+#else
+    (void)input, (void)rows;  // only levels that have tiles come here
+#endif
   }
+
+  // Adds a panel's product to `count` rows of sums, as panel_product. Takes the tile registers.
   template <int V, int Last>
-  void product(int64_t count, const uint8_t* panel, float* out) const {
-    digit_product<V, Last>(rows_, {units_, nullptr, count, 1}, count, panel, out, kPanel);
+  void product(int64_t count, const void* weights, int64_t panel, float* out) const {
+#if defined(__AVX512F__)
+    const int64_t block = words(k_), steps = panels_for(k_, kDepth), tiles = panels_for(count, kTile);
+    const uint32_t* const columns = static_cast<const uint32_t*>(weights) + panel * V * block;
+    TileUnit unit;
+    TileSums sums[2];
+    // Two vectors of columns at a time; a block is added while the next one is multiplied.
+    for (int64_t item = 0, all = (V + 1) / 2 * tiles; item <= all; ++item) {
+      if (item < all) {
+        const int64_t v = item / tiles * 2, row = item % tiles * kTile;
+        unit.set_rows(count - row < kTile ? count - row : kTile);
+        unit.multiply<kParts>(tiles_ + item % tiles * block, columns + v * block, v + 1 < V ? block : 0, steps,
+                              sums[item % 2]);
+      }
+      if (item == 0) continue;
+      const int64_t v = (item - 1) / tiles * 2, first = (item - 1) % tiles * kTile;
+      for (int64_t i = first; i < count && i < first + kTile; ++i)
+        for (int64_t w = v; w < V && w < v + 2; ++w) {
+          float* const to = out + i * kPanel + (w == V - 1 ? Last : w) * kLanes;
+          store(to, load(to) + sums[(item - 1) % 2].at(i - first, (w - v) * kTile));
+        }
+    }
+#else
+    (void)count, (void)weights, (void)panel, (void)out;
+#endif
   }
 
  private:
-  DigitRows rows_{};
-  float* units_ = nullptr;
+  int64_t k_ = 0;
+  uint32_t* tiles_ = nullptr;
 };
 
 // h of all rows before a step and, while that step writes them, before the next one; a step's `turn` says which. They

@@ -79,7 +79,7 @@ class Layer {
     float* scratch = a.scratch;
     sums_ = save_ ? a.gates : take_floats(scratch, panels_ * gate_rows_ * kPanel);
     if (kDigits) {
-      input_digits_ = InputDigits(scratch, chunk, a.inputs);
+      input_parts_ = InputParts(scratch, chunk, a.inputs);
       states_ = StateDigits(scratch, batch, a.hidden, a.h0, Cell::kLasting);
     }
     scratch_ = scratch - a.scratch;
@@ -108,9 +108,9 @@ class Layer {
     if (kDigits) states_.begin(Walk(a.batch_sizes, a.steps, total_, a.reverse), own_vectors, thread, threads, barrier);
     const auto inputs = [&](int64_t low, int64_t high) {
       if (kDigits) {
-        input_digits_.put(a.input + low * a.inputs, share(high - low, thread, threads));
+        input_parts_.put(a.input + low * a.inputs, share(high - low, thread, threads));
         barrier.wait();
-        tiles.set_rows(high - low);
+        tiles.lost();
       }
       for (int64_t u = own.begin; u < own.end; ++u) input_panel(u, low, high);
     };
@@ -139,10 +139,10 @@ class Layer {
 
   void input_panel(int64_t u, int64_t low, int64_t high) {
     fill_bias(sums(u, low, low), a.bias + u * kPanel, high - low);
-    const auto weights = panel(a.w_ih, u, a.inputs);
     if constexpr (kDigits) {
-      input_digits_.product<Cell::kVectors, Cell::kInputLast>(high - low, weights, sums(u, low, low));
+      input_parts_.product<Cell::kVectors, Cell::kInputLast>(high - low, a.w_ih, u, sums(u, low, low));
     } else {
+      const auto weights = panel(a.w_ih, u, a.inputs);
       const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
       panel_product<Cell::kVectors, Cell::kInputLast>(input, high - low, weights, a.inputs, sums(u, low, low), kPanel);
     }
@@ -171,7 +171,7 @@ class Layer {
   int64_t total_, panels_, gate_rows_;
   float* sums_;  // [panels][gate_rows][4][L]
   bool save_;
-  InputDigits input_digits_;  // of a chunk
+  InputParts input_parts_;  // of a chunk
   StateDigits states_;
   int64_t scratch_;  // floats in use
 };

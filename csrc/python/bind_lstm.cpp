@@ -46,7 +46,7 @@ void pack_as_digits(address source, int64_t k, int64_t n, int64_t stride_k, int6
                     int64_t k_groups, address packed, int threads) {
   check(gates == 0 || gates == 3 || gates == 4, "pack_digits: gates must be 0, 3 or 4");
   check(k >= 1 && n >= 1 && (gates == 0 || n % gates == 0), "pack_digits: k and n must be positive, and n that many gates");
-  check(k_groups >= 1 && k % k_groups == 0, "pack_digits: k must be that many groups");
+  check(k_groups >= 0 && (k_groups == 0 || k % k_groups == 0), "pack_digits: k must be that many groups");
   check(digit_tiles(), "pack_digits: this processor, or this level, has no tiles of int8");
   py::gil_scoped_release unlocked;
   pack_digits({pointer<const float>(source), k, n, stride_k, stride_n, gates, k_groups, pointer<void>(packed), threads});

@@ -151,7 +151,7 @@ Native forward(const Layer& l, bool save, int threads, bool in_digits = false) {
   const Floats w_ih = packed(l.w_ih, l.inputs, 4 * H, 1, l.inputs, 4), w_hh = packed(l.w_hh, P, 4 * H, 1, P, 4),
                bias = packed(l.bias, 1, 4 * H, 0, 1, 4);
   const Floats w_hr = project ? packed(l.w_hr, H, P, 1, H, 0) : Floats();
-  const Aligned ih = in_digits ? digits(l.w_ih, l.inputs, 4 * H, 1, l.inputs, 4, 1) : Aligned(0);
+  const Aligned ih = in_digits ? digits(l.w_ih, l.inputs, 4 * H, 1, l.inputs, 4, 0) : Aligned(0);
   const Aligned hh = in_digits ? digits(l.w_hh, P, 4 * H, 1, P, 4, 1) : Aligned(0);
   fastlm::LstmForward args = {
       l.steps(), l.batch_sizes.data(), l.inputs, H, P, l.input.data(), false, in_digits ? ih.data : w_ih.data(),

@@ -48,11 +48,12 @@ def digit_tiles() -> bool:
 
 
 def pack_digits(matrix: Tensor, *, gates: int = 0, k_groups: int = 1) -> Tensor:
-    """Packs a float32 matrix [k, n] of any strides as three digits a number (csrc/cpu/digits.h).
+    """Packs a float32 matrix [k, n] of any strides as three digits a number (csrc/cpu/digits.h), or as parts (amx.h).
 
     Args:
         matrix, gates: as for `pack`.
-        k_groups: k is that many groups of rows, of which each is filled up to a multiple of 16.
+        k_groups: k is that many groups of rows, of which each is filled up to a multiple of 16. 0: as three bfloat16
+            parts a number, which keep the range of floats.
     """
     module = native.CPU.require()
     k, n = matrix.shape

@@ -25,7 +25,6 @@ from recurrent_cases import (
     run_layer,
 )
 from recurrent_suite import CellSuite, SequenceSuite
-from tolerance import assert_close_to_reference
 from torch import Tensor
 
 from fastlm import ops
@@ -220,27 +219,3 @@ def test_transforms_that_cannot_see_the_kernel_do_not_get_it() -> None:
     inputs.weights = [w.detach() for w in inputs.weights]
     traced = torch.jit.trace(total, (x,), check_trace=False)
     torch.testing.assert_close(traced(direction), total(direction))
-
-
-@needs_native
-@pytest.mark.parametrize("scale", [1e2, 1e4, 1e6])
-def test_features_of_different_scales(scale: float) -> None:
-    """An input need not have one scale: prices beside shares. Float keeps each product's digits, so must every kernel.
-
-    Integers in units of a row's largest number, right for states between -1 and 1, do not (csrc/cpu/digits.h): an input
-    is multiplied in floats, or as bfloat16 parts (csrc/cpu/amx.h).
-    """
-    torch.manual_seed(0)
-    steps, batch, inputs, hidden = 6, 16, 64, 128
-    lstm = torch.nn.LSTM(inputs, hidden)
-    x = torch.randn(steps, batch, inputs)
-    state = torch.zeros(1, batch, hidden)
-    with torch.no_grad():
-        x[..., :8] *= scale
-        lstm.weight_ih_l0[:, :8] /= scale
-        weights = list(lstm.parameters())
-        doubles = [w.double() for w in weights]
-        exact, _ = ops.lstm(x.double(), (state.double(), state.double()), doubles)
-        with ops.backend("cpu"):
-            fast, _ = ops.lstm(x, (state, state), weights)
-        assert_close_to_reference(fast, lstm(x)[0], exact)

@@ -25,13 +25,14 @@ int64_t packed_size(int64_t k, int64_t n, int64_t gates, bool bfloat = false);
 // Whether this processor multiplies tiles of int8 and the operating system lets this process do it, at the level in use.
 bool digit_tiles();
 
-// Packs floats for products in digits (see cpu/digits.h); where digit_tiles() alone. Fields as in PackPanels.
+// Packs floats for products in digits (cpu/digits.h) or, keeping their range, in parts (cpu/amx.h); where digit_tiles()
+// alone. Fields as in PackPanels.
 struct PackDigits {
   const float* source;
   int64_t k, n;
   int64_t stride_k, stride_n;
   int64_t gates;     // of n, as in PackPanels
-  int64_t k_groups;  // k counts so many groups of rows, each filled up to a multiple of 16; 1: none
+  int64_t k_groups;  // k counts so many groups of rows, each filled up to a multiple of 16; 1: none; 0: parts
   void* packed;      // out: packed_digits_size(k, n, gates, k_groups) bytes, aligned to 64
   int threads;
 };

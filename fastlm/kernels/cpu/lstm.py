@@ -84,39 +84,38 @@ def _pack_wide(*tensors: Tensor | None) -> _Packed:
 
 def _pack_digits(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> _Packed:
     floats = _pack_biases(w_ih, b_ih, b_hh)
-    shared = pack_digits(w_ih.t(), gates=4), pack_digits(w_hh.t(), gates=4), floats
+    shared = pack_digits(w_ih.t(), gates=4, k_groups=0), pack_digits(w_hh.t(), gates=4), floats
     ih, hh, bias = (tensor.data_ptr() for tensor in shared)
     return _Packed(*shared, None, w_ih.shape[1], w_ih.shape[0] // 4, (ih, hh, bias), False)
 
 
-def in_digits(batch_sizes: Sequence[int], w_ih: Tensor, w_hh: Tensor, input: Tensor | None = None) -> bool:
-    """Whether a sequence's products with W_ih and W_hh are those of csrc/cpu/digits.h, on tiles of int8.
+def in_digits(batch_sizes: Sequence[int], w_ih: Tensor, w_hh: Tensor) -> bool:
+    """Whether a sequence's products with W_hh are those of csrc/cpu/digits.h, on tiles of int8.
+
+    Those with W_ih are then those of csrc/cpu/amx.h, since inputs need not have one scale.
 
     A row's result in digits and in floats differ in their last bits, so this is for the call as a whole: whatever the
     sequences' lengths, and as much for the last row left as for the first. Single steps and fewer rows, as in
-    generation, are always floats. So is what digits are too coarse for: a weight or input far above its row's others.
+    generation, are always floats. So is what digits are too coarse for: a weight far above its row's others.
     """
     return (
         len(batch_sizes) > 1
         and batch_sizes[0] >= DIGIT_ROWS
         and digit_tiles()
         and w_ih.dtype is w_hh.dtype is torch.float32
-        and cached("even", (w_ih, w_hh), _even)
-        and (input is None or _even(input))
+        and cached("even", (w_hh,), _even)
     )
 
 
 _EVEN = 7.0
 
 
-def _even(*matrices: Tensor) -> bool:
+def _even(matrix: Tensor) -> bool:
     """Whether no row has a number more than 7 times its root mean square: rounded to 24 bits of the largest, the others
     then keep as much as a sum of floats does. True where there is NaN."""
+    matrix = matrix.detach()
     norm = torch.linalg.vector_norm
-    return not any(
-        bool((norm(m.detach(), torch.inf, dim=1) * m.shape[1] ** 0.5 > _EVEN * norm(m.detach(), dim=1)).any())
-        for m in matrices
-    )
+    return not bool((norm(matrix, torch.inf, dim=1) * matrix.shape[1] ** 0.5 > _EVEN * norm(matrix, dim=1)).any())
 
 
 def columns_in_digits(gates: int) -> Callable[[Tensor], Tensor]:
@@ -178,7 +177,7 @@ def layer_forward(
     rows, inputs = input.shape
     batch, outputs = h0.shape
     hidden = c0.shape[1]
-    digits = w_hr is None and in_digits(batch_sizes, w_ih, w_hh, input)
+    digits = w_hr is None and in_digits(batch_sizes, w_ih, w_hh)
     biased = (w_ih, w_hh, b_ih, b_hh)
     packed = cached("lstm digits", biased, _pack_digits) if digits else pack_layer(*biased, w_hr)
     input, h0, c0 = input.contiguous(), h0.contiguous(), c0.contiguous()

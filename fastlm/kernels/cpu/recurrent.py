@@ -40,15 +40,16 @@ class Packed(NamedTuple):
 def pack_layer(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, in_digits: bool = False) -> Packed:
     """The weights of a layer in one direction as the kernels want them."""
     rows, hidden = w_hh.shape
-    weight = pack_digits if in_digits else pack
+    of_input = partial(pack_digits, k_groups=0) if in_digits else pack
+    of_state = pack_digits if in_digits else pack
     none = w_hh.new_zeros(rows, dtype=torch.float32)
     of_x, of_h = (none if bias is None else bias.detach().float() for bias in (b_ih, b_hh))
     gates = rows // hidden
     if gates == 1:
-        return Packed(weight(w_ih.t()), weight(w_hh.t()), pack((of_x + of_h)[None]))
+        return Packed(of_input(w_ih.t()), of_state(w_hh.t()), pack((of_x + of_h)[None]))
     # A GRU's n keeps the two apart: r is multiplied by one of them alone.
     both = torch.cat([(of_x + of_h)[: 2 * hidden], of_x[2 * hidden :], of_h[2 * hidden :]])
-    return Packed(weight(w_ih.t(), gates=gates), weight(w_hh.t(), gates=gates), pack(both[None], gates=4))
+    return Packed(of_input(w_ih.t(), gates=gates), of_state(w_hh.t(), gates=gates), pack(both[None], gates=4))
 
 
 _pack_digits = partial(pack_layer, in_digits=True)
@@ -83,7 +84,7 @@ def layer_forward(
     module = native.CPU.require()
     w_ih, w_hh, *_ = weights
     assert w_ih is not None and w_hh is not None
-    digits = cell != "relu" and in_digits(batch_sizes, w_ih, w_hh, input)  # a relu's states have no bound
+    digits = cell != "relu" and in_digits(batch_sizes, w_ih, w_hh)  # a relu's states have no bound
     packed = cached("recurrent digits", weights, _pack_digits) if digits else cached("recurrent", weights, pack_layer)
     input, h0 = input.contiguous(), h0.contiguous()
     rows, inputs = input.shape

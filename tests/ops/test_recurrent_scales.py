@@ -1,0 +1,46 @@
+"""What holds for every recurrent op: inputs whose features differ in scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_close_to_reference
+
+from fastlm import ops
+from fastlm.kernels import native
+
+needs_native = pytest.mark.skipif(native.CPU.module is None, reason=str(native.CPU.error))
+
+
+def _run(kind: str, x: torch.Tensor, hidden: int, weights: list[torch.Tensor]) -> torch.Tensor:
+    state = x.new_zeros(1, x.shape[1], hidden)
+    op: Any = getattr(ops, kind)
+    output: torch.Tensor = op(x, (state, state) if kind == "lstm" else state, weights)[0]
+    return output
+
+
+@needs_native
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("inputs", [64, 50])
+def test_features_of_different_scales(kind: str, scale: float, inputs: int) -> None:
+    """An input need not have one scale: prices beside shares. Float keeps each product's digits, so must every kernel.
+
+    Integers in units of a row's largest number, right for states between -1 and 1, do not (csrc/cpu/digits.h): an input
+    is multiplied in floats, or as bfloat16 parts (csrc/cpu/amx.h).
+    """
+    torch.manual_seed(0)
+    steps, batch, hidden = 6, 21, 72
+    module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[kind](inputs, hidden)
+    x = torch.randn(steps, batch, inputs)
+    with torch.no_grad():
+        x[..., :8] *= scale
+        module.weight_ih_l0[:, :8] /= scale
+        weights = list(module.parameters())
+        with ops.backend("reference"):
+            exact = _run(kind, x.double(), hidden, [w.double() for w in weights])
+        with ops.backend("cpu"):
+            fast = _run(kind, x, hidden, weights)
+        assert_close_to_reference(fast, module(x)[0], exact)
