@@ -292,7 +292,9 @@ class Backward {
 
 template <typename Run>
 static auto with_weights(const LstmForward& args, const Run& run) {
-  return args.digits ? run(Forward<Digits>(args)) : args.bfloat ? run(Forward<uint16_t>(args)) : run(Forward<float>(args));
+  if constexpr (kHasDigits)
+    if (args.digits) return run(Forward<Digits>(args));
+  return args.bfloat ? run(Forward<uint16_t>(args)) : run(Forward<float>(args));
 }
 
 int64_t lstm_forward_scratch(const LstmForward& args) {

@@ -8,8 +8,13 @@
 namespace fastlm {
 namespace FASTLM_ISA {
 
-// In place of a weight's type: weights in digits.
+// In place of a weight's type: weights in digits. Levels that have no tiles compile none of it.
 struct Digits {};
+#if defined(__AVX512F__)
+constexpr bool kHasDigits = true;
+#else
+constexpr bool kHasDigits = false;
+#endif
 
 // Steps are taken together in larger chunks than of floats: a chunk's pass over W_ih drives W_hh out of level 2.
 constexpr int64_t kDigitChunkRows = 512;

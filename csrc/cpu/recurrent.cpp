@@ -16,7 +16,7 @@ struct Gru {
   // Of a panel, and where the last of them goes. n's product with h goes into the fourth: it is multiplied by r before it
   // is added to x's.
   static constexpr int kVectors = 3, kInputLast = 2, kHiddenLast = 3;
-  static constexpr bool kLasting = true;  // h stays as large as it began
+  static constexpr bool kDigits = true, kLasting = true;  // h may be in digits; it stays as large as it began
 
   // Leaves r, z and n in `sums`.
   static void update(float* sums, const float* h, float* next, int64_t count) {
@@ -49,7 +49,7 @@ template <bool Relu>
 struct Plain {
   static constexpr int64_t kGates = 1, kUnits = kPanel;
   static constexpr int kVectors = 4, kInputLast = 3, kHiddenLast = 3;
-  static constexpr bool kLasting = false;
+  static constexpr bool kDigits = !Relu, kLasting = false;  // a relu's states have no bound
 
   static void update(float* sums, const float*, float* next, int64_t count) {
     for (int64_t v = 0; v < kPanel && v < count; v += kLanes) {
@@ -252,7 +252,8 @@ class Backward {
 
 template <typename Cell, typename Run>
 auto with_weights(const RecurrentForward& args, const Run& run) {
-  if (args.digits) return run(Layer<Cell, Digits>(args));
+  if constexpr (kHasDigits && Cell::kDigits)
+    if (args.digits) return run(Layer<Cell, Digits>(args));
   return args.bfloat ? run(Layer<Cell, uint16_t>(args)) : run(Layer<Cell, float>(args));
 }
 
