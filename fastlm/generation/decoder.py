@@ -92,7 +92,7 @@ class Decoder:
 
     def cancel(self, row: int) -> None:
         """Ends a row from outside (its stop string came): it takes no part in further steps."""
-        if not self._ended:
+        if not self._ended and row in self._engine.active:
             self._engine.cancel(row)
             self._give_back()
 

@@ -123,7 +123,7 @@ class ModelDraft:
                 engine.cancel(other)
             self._number = engine.submit(ids, self._params, sequence=self._sequence)
         guesses: list[int] = []
-        while len(guesses) < count:
+        while len(guesses) < count and self._number in engine.active:
             guesses += [token.id for token in engine.step(count - len(guesses))]
         return guesses
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,7 @@ from fastlm.generation.speculative import Pace
 from fastlm.models.base import CausalLM
 from fastlm.nn.linear import rows_apart
 from fastlm.nn.state import KVCache
+from fastlm.reference.linear import FEW_TOKENS
 from fastlm.reference.sample import BadLogits
 
 __all__ = ["Engine", "FinishReason", "Token"]
@@ -120,7 +121,12 @@ class Engine:
     def holds(self, rows: int, max_length: int) -> bool:
         """Whether nothing is under way, and there is room for so many requests of so many tokens. Numbers of requests
         then begin at 0 again."""
-        if self.active or len(self._held) < rows or (self._max_length is not None and self._max_length < max_length):
+        if (
+            self.active
+            or len(self._free) < len(self._held)
+            or len(self._held) < rows
+            or (self._max_length is not None and self._max_length < max_length)
+        ):
             return False
         self._count = 0
         return True
@@ -130,6 +136,13 @@ class Engine:
         """Bytes reserved for KV caches, the draft's included."""
         own = self._state.nbytes if isinstance(self._state, KVCache) else 0
         return own + (0 if self._drafting is None else self._drafting.state_bytes)
+
+    @property
+    def reusable(self) -> bool:
+        """Whether its recordings still go by the model's weights when these were written to in the meantime: those of a
+        recurrent model are of packed copies; and whether its steps are recorded at all."""
+        own = isinstance(self._state, KVCache) and self.why_not_captured is None
+        return own and (self._drafting is None or self._drafting.reusable)
 
     @property
     def why_not_captured(self) -> str | None:
@@ -231,9 +244,13 @@ class Engine:
             A token for each request in the order of `active`, step after step; nothing when all have ended.
         """
         running = list(self._active)
-        joined = []
-        while self._waiting and self._free:
-            joined += self._join(self._together())
+        joined: list[tuple[Request, int, Tensor]] = []
+        try:
+            while self._waiting and self._free:
+                joined += self._join(self._together())
+        except BaseException:
+            self._wait_again([request for request, _, _ in joined])
+            raise
         tokens: list[Token] = []
         if running:
             for ids, logits in self._advance(running, 1 if joined or self._waiting else ahead):
@@ -243,7 +260,10 @@ class Engine:
         return tokens
 
     def _together(self) -> list[Request]:
-        """The next requests to join: as many as can be read in one pass, which changes nothing for any of them."""
+        """The next requests to join: as many as can be read in one pass, which changes no bit of any.
+
+        More than a few tokens attend to a slice of the cache: of several rows only where those are all.
+        """
         first = self._waiting.popleft()
         tokens, group = len(first.ids), [first]
         if self._reuse or not isinstance(self._state, KVCache):
@@ -254,13 +274,55 @@ class Engine:
             if len(group) == 1 and not rows_apart(self._model, tokens, besides=self._model.output):
                 break
             group.append(self._waiting.popleft())
+        if tokens > FEW_TOKENS and self._free[: len(group)] != list(range(len(self._held))):
+            self._waiting.extendleft(reversed(group[1:]))
+            return group[:1]
         return group
 
     def _join(self, requests: list[Request]) -> list[tuple[Request, int, Tensor]]:
-        """Reads the prompts, several of one length or one of any, and samples their first tokens."""
+        """Reads the prompts, several of one length or one of any, and samples their first tokens.
+
+        Where one of them cannot be drawn for, the error is about that one: the others wait again.
+        """
+        drawing = requests[0]
+        joined = []
+        try:
+            for request, logits in self._read(requests):
+                drawing = request
+                recording = self._recordings.of([request], 1)
+                recording.lanes.fill([request], self._stop_ids)
+                self._recordings.stale()
+                joined.append((request, int(recording.lanes.sample(logits)), logits))
+        except BaseException:
+            self._wait_again([request for request in requests if request is not drawing])
+            self._vacate(drawing)
+            raise
+        self._active += requests
+        return joined
+
+    def _vacate(self, request: Request) -> None:
+        """The request's row is free, what it has read being unknown."""
+        if request in self._active:
+            self._active.remove(request)
+        if request.slot >= 0:
+            self._held[request.slot] = []
+            self._free.append(request.slot)
+            self._free.sort()
+            request.slot = -1
+
+    def _wait_again(self, requests: list[Request]) -> None:
+        """These have not joined after all, and are the next to."""
+        for request in reversed(requests):
+            self._vacate(request)
+            self._waiting.appendleft(request)
+
+    def _read(self, requests: list[Request]) -> Iterator[tuple[Request, Tensor]]:
+        """The requests with the logits [1, V] behind their prompts."""
+        taken = []
         for request in requests:
             request.slot, known = self._row_for(request.ids)
             self._free.remove(request.slot)
+            taken.append(request.slot)
             state = self._state.row(request.slot)
             state.reset()
             state.lengths.fill_(known)
@@ -271,19 +333,12 @@ class Engine:
         ids = torch.tensor([request.ids[known:] for request in requests], dtype=torch.int64, device=device)
         rows = None
         if len(requests) > 1:
-            state, rows = self._state, [request.slot for request in requests]
+            state, rows = self._state, taken
         for chunk in ids.split(_PREFILL_CHUNK, dim=1):
             hidden = self._model.hidden(chunk, state, rows)
         logits = self._model.head(hidden[:, -1:])[:, -1]
-        joined = []
         for at, request in enumerate(requests):
-            recording = self._recordings.of([request], 1)
-            recording.lanes.fill([request], self._stop_ids)
-            self._recordings.stale()
-            own = logits[at : at + 1]
-            joined.append((request, int(recording.lanes.sample(own)), own))
-            self._active.append(request)
-        return joined
+            yield request, logits[at : at + 1]
 
     def _row_for(self, prompt: list[int]) -> tuple[int, int]:
         """A free row of the state, and how many of the prompt's tokens it holds already."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch.nn.modules import module as hooks
 
 from fastlm.generation.engine import Engine
 from fastlm.kernels import native
 from fastlm.models.base import CausalLM
+from fastlm.nn.hooks import untouched
 from fastlm.ops.quantized import QuantizedTensor
 from fastlm.ops.registry import choosing
 
@@ -18,6 +19,7 @@ __all__ = ["Kept"]
 
 _LENGTHS = 256  # a state has room for a multiple of so many tokens, so that it fits texts of about its own length
 _MOST_BYTES = 256 << 20  # of a cache that is kept
+_MOST_ROWS = 8  # of an engine that is kept: it has logits and options of every number of rows that ran together
 
 State = tuple[list[Any], list[Any]]
 
@@ -29,8 +31,8 @@ class Kept:
     """
 
     def __init__(self) -> None:
-        self._held: tuple[Engine, State, tuple[Any, ...]] | None = None
-        self._lent: tuple[State, tuple[Any, ...]] = ([], []), ()
+        self._held: Engine | None = None
+        self._made_for: WeakKeyDictionary[Engine, tuple[State, tuple[Any, ...]]] = WeakKeyDictionary()
         self.used = 0  # times that an engine was lent
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
@@ -48,19 +50,18 @@ class Kept:
         capture: bool = True,
     ) -> Engine:
         """An engine with nothing to do, for `rows` requests of up to `max_length` tokens; arguments as of `Engine`."""
-        held, self._held = self._held, None
+        engine, self._held = self._held, None
         self.used += 1
         options = frozenset(stop_ids), kv_dtype, capture, native.num_threads(), torch.get_default_dtype()
         state = _state(model, draft_model)
-        if held is not None and choosing():
-            engine, was, with_options = held
+        if engine is not None and state is not None and choosing():
+            was, with_options = self._made_for[engine]
             if with_options == options and _same(was, state) and engine.holds(rows, max_length):
-                self._lent = state, options
                 return engine
+        engine = None  # before there is another
         context = model.config.context_length
         roomy = -(-max_length // _LENGTHS) * _LENGTHS
-        self._lent = state, options
-        return Engine(
+        made = Engine(
             model,
             rows=rows,
             max_length=roomy if context is None else min(roomy, context),
@@ -69,23 +70,34 @@ class Kept:
             kv_dtype=kv_dtype,
             draft_model=draft_model,
         )
+        if state is not None and rows <= _MOST_ROWS:
+            self._made_for[made] = state, options
+        return made
 
     def give(self, engine: Engine) -> None:
-        """Takes back what was lent last, all its requests having ended."""
-        if choosing() and engine.state_bytes <= _MOST_BYTES:
-            self._held = (engine, *self._lent)
+        """Takes back what was lent, all its requests having ended."""
+        wanted = engine in self._made_for and engine.reusable and engine.state_bytes <= _MOST_BYTES
+        if wanted and choosing():
+            self._held = engine
 
 
-def _state(*models: CausalLM | None) -> State:
-    """What a recording of these models goes by: objects that must be the very same, and values that must be equal."""
+def _state(*models: CausalLM | None) -> State | None:
+    """What a recording of these models goes by: objects that must be the very same, and values that must be equal.
+
+    None where something hooks into them, which may do anything.
+    """
     objects: list[Any] = [*models]
-    values: list[Any] = [len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)]
+    values: list[Any] = []
     for model in models:
         if model is None:
             continue
-        for module in model.modules():
-            objects += [module, *(held for held in vars(module).values() if isinstance(held, QuantizedTensor))]
-            values += [len(module._forward_hooks), len(module._forward_pre_hooks), module.training]
+        modules = list(model.modules())
+        if not untouched(*modules):
+            return None
+        for module in modules:
+            held = vars(module).values()
+            objects += [module, *(value for value in held if isinstance(value, QuantizedTensor))]
+            values += [value for value in held if isinstance(value, (bool, int, float, str, type(None)))]
         for tensor in (*model.parameters(), *model.buffers()):
             objects.append(tensor)
             values += [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]

@@ -63,7 +63,8 @@ class LanguageModel:
     vocabulary guesses `draft_tokens` tokens ahead of a single prompt (3 if that option is not given): the same text,
     sooner where it guesses well.
 
-    The KV cache and the recorded steps of the last call serve the next one, unless the model has changed meanwhile.
+    The KV cache and the recorded steps of the last call serve the next one, unless the model has changed meanwhile: its
+    modules, their options, hooks, or tensors.
     """
 
     def __init__(
@@ -158,11 +159,14 @@ class LanguageModel:
         return self._stream(self._decoder([self.encode(prompt)], params), self._assembler(params))
 
     def _stream(self, decoder: Decoder, assembler: TextAssembler) -> Iterator[str]:
-        while decoder.active and not assembler.stopped:
-            for token in decoder.step():
-                piece = "" if token.id in self.stop_ids else assembler.push(token.id)
-                if piece:
-                    yield piece
+        try:
+            while decoder.active and not assembler.stopped:
+                for token in decoder.step():
+                    piece = "" if token.id in self.stop_ids else assembler.push(token.id)
+                    if piece:
+                        yield piece
+        finally:
+            decoder.cancel(0)
         rest = assembler.finish()
         if rest:
             yield rest

@@ -103,6 +103,10 @@ class _Variant(_Sequence):
         self.recurrent_dropout = recurrent_dropout
         self.zoneout = zoneout
         probabilities = zoneout if isinstance(zoneout, tuple) else (zoneout,)
+        states = 2 if self.mode == "LSTM" else 1
+        if len(probabilities) != states or (states == 1 and isinstance(zoneout, tuple)):
+            expected = "a probability or a pair of them" if states == 2 else "a probability"
+            raise ValueError(f"{self.mode}: zoneout is {zoneout}, expected {expected}")
         for name, p in (("recurrent_dropout", recurrent_dropout), *(("zoneout", p) for p in probabilities)):
             if not 0 <= p <= 1:
                 raise ValueError(f"{self.mode}: {name} is {p}, expected a probability")

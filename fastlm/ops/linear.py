@@ -19,7 +19,7 @@ from fastlm.ops.library import (
     triton_kernel,
     triton_why_not,
 )
-from fastlm.ops.linear_float import float_linear, float_linear_why_not
+from fastlm.ops.linear_float import float_apart, float_linear, float_linear_why_not
 from fastlm.ops.linear_mixed import is_mixed, mixed_linear
 from fastlm.ops.quantized import QuantizedTensor
 from fastlm.ops.registry import Implementation, Op, always, choosing, forced_backend
@@ -112,8 +112,14 @@ def apart(weight: Tensor | QuantizedTensor, tokens: int, compute: str) -> bool:
 
     torch's matrix products do not: with more rows they may sum in another order.
     """
-    few = tokens <= reference.FEW_TOKENS and (isinstance(weight, QuantizedTensor) or weight.dtype in _NARROW)
-    return native.CPU.module is not None and weight.is_cpu and choosing() and (_integer(weight, compute) or few)
+    if native.CPU.module is None or not weight.is_cpu or not choosing():
+        return False
+    dtype = KINDS[weight.kind].dtype if isinstance(weight, QuantizedTensor) else weight.dtype
+    if tokens <= reference.FEW_TOKENS:
+        return dtype is None or dtype in _NARROW
+    return _integer(weight, compute) or (
+        dtype in _NARROW and float_apart(tokens, weight.shape[0], weight.shape[1], dtype)
+    )
 
 
 def _triton_run(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None, compute: str) -> Tensor:

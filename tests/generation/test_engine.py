@@ -13,6 +13,7 @@ from fastlm.generation import Engine, SamplingParams
 from fastlm.generation import engine as engine_module
 from fastlm.generation.draft_model import quantized_copy
 from fastlm.generation.recordings import Recordings
+from fastlm.kernels import native
 from fastlm.models.base import CausalLM
 from fastlm.nn.state import KVCache
 
@@ -148,14 +149,16 @@ def test_shared_beginnings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("length", [1, 9, 16, 17, 40])
-@pytest.mark.parametrize("kind", [None, "Q8_0"])
+@pytest.mark.parametrize("length", [1, 9, 16, 17, 32, 40])
+@pytest.mark.parametrize("kind", [None, "Q8_0", "wide", "F16"])
 def test_prompts_read_together_are_read_as_alone(
     kind: str | None, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit: their keys and values, their first logits, their tokens."""
-    plain = spread(lambda: llama(intermediate_size=64))
-    model = plain if kind is None else quantized_copy(plain, kind)
+    wide = {"hidden_size": 128, "num_heads": 2, "num_kv_heads": 2} if kind in ("wide", "F16") else {}
+    plain = spread(lambda: llama(**{"intermediate_size": 128 if wide else 64, **wide}))
+    model = plain if kind in (None, "wide") else quantized_copy(plain, kind)
+    by_tiles = bool(wide) and length >= 32 and native.CPU.module is not None and native.CPU.module.matmul_tiles()
     prompts = [[(7 * row + at * at) % VOCAB for at in range(length)] for row in range(5)]
     shapes: list[tuple[int, ...]] = []
 
@@ -183,14 +186,61 @@ def test_prompts_read_together_are_read_as_alone(
         return tokens, found
 
     together = run(5)
-    assert ((5, length) in shapes) == (kind is not None or length <= 16)
+    joined = kind == "Q8_0" or by_tiles or length <= 16
+    assert ((5, length) in shapes) == joined
     two_at_a_time = run(2)
-    assert (kind is None and length > 16) or (2, length) in shapes
+    assert ((2, length) in shapes) == joined
     monkeypatch.setattr(engine_module, "rows_apart", lambda *_, **__: False)
     alone = run(5)
     assert shapes[:5] == [(1, length)] * 5
     assert alone[0] == together[0] == two_at_a_time[0]
     assert len(alone[1]) > 20 and all(torch.equal(a, b) for a, b in zip(alone[1], together[1], strict=True))
+
+
+def test_prompts_are_read_together_only_where_that_changes_nothing() -> None:
+    """Of more than a few tokens, rows that are not all there are attend in another way than one alone."""
+    model = quantized_copy(spread(lambda: llama(intermediate_size=64)), "Q8_0")
+    prompts = [[(7 * row + at * at) % VOCAB for at in range(length)] for row, length in enumerate((40, 40, 23))]
+
+    def run(engine: Engine, prompts: list[list[int]]) -> dict[int, list[float | None]]:
+        found: dict[int, list[float | None]] = {}
+        for prompt in prompts:
+            engine.submit(prompt, SamplingParams(max_new_tokens=4, seed=1, logprobs=True))
+        while engine.active:
+            for token in engine.step():
+                found.setdefault(token.row, []).append(token.logprob)
+        return found
+
+    together = run(Engine(model, rows=3), prompts)
+    assert [together[row] for row in range(3)] == [run(Engine(model, rows=1), [prompt])[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("length", [3, 20])
+def test_a_prompt_that_cannot_be_drawn_for_does_not_concern_the_others(length: int) -> None:
+    model = spread(lambda: llama(intermediate_size=64))
+    nothing = dict.fromkeys(range(VOCAB), -torch.inf)
+
+    def run(engine: Engine, found: dict[int, list[int]]) -> dict[int, list[int]]:
+        while engine.active:
+            for token in engine.step():
+                found.setdefault(token.row, []).append(token.id)
+        return found
+
+    prompts = [[5] * 4, *([(7 * row + at) % VOCAB for at in range(length)] for row in range(3))]
+    options = [{}, {}, {"logit_bias": nothing}, {}]
+    engine = Engine(model, rows=4)
+    for prompt, own in zip(prompts, options, strict=True):
+        engine.submit(prompt, SamplingParams.of(max_new_tokens=6, seed=1, **own))
+    with pytest.raises(ValueError, match="-inf"):
+        engine.step()
+    assert engine.active == (0, 1, 3) and engine._free == [0, 1, 2, 3]
+    found = run(engine, {})
+    assert sorted(found) == [0, 1, 3]
+    for number, tokens in found.items():
+        alone = Engine(model, rows=1)
+        alone.submit(prompts[number], SamplingParams(max_new_tokens=6, seed=1))
+        assert tokens == run(alone, {})[0]
+    assert engine.holds(4, 1)
 
 
 def test_a_pass_over_several_prompts_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

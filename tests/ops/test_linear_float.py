@@ -159,3 +159,20 @@ def test_the_environment_turns_it_off(setting: str) -> None:
         assert done.returncode != 0 and "FASTLM_AMX='no', expected 0 or 1" in done.stderr
     else:
         assert done.stdout.strip() == str(setting == "1" and native.CPU.require().matmul_tiles())
+
+
+def test_no_more_is_saved_than_the_gradients_need() -> None:
+    """As torch: what no wanted gradient reads may change, or be freed, before the backward."""
+    x, weight = torch.randn(128, 256), torch.randn(256, 256, requires_grad=True)
+    y = ops.linear(x, weight)
+    with torch.no_grad():
+        weight.add_(1)
+    y.sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(256, 256), rtol=1e-5, atol=1e-4)
+    x = torch.randn(128, 256, requires_grad=True)
+    y = ops.linear(z := x * 1, weight.detach())
+    z.data.zero_()
+    with torch.no_grad():
+        z.add_(1)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(128, 256), rtol=1e-5, atol=1e-4)
