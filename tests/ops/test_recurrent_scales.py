@@ -44,3 +44,38 @@ def test_features_of_different_scales(kind: str, scale: float, inputs: int) -> N
         with ops.backend("cpu"):
             fast = _run(kind, x, hidden, weights)
         assert_close_to_reference(fast, module(x)[0], exact)
+
+
+@needs_native
+@pytest.mark.parametrize("what", ["input", "w_ih", "w_hh"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_gradients_beside_one_large_number(kind: str, what: str) -> None:
+    """One spike in a feature, or one unit with large weights, so that it saturates: other gradients stay exact."""
+    torch.manual_seed(1)
+    steps, batch, inputs, hidden = 40, 16, 128, 128
+    module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[kind](inputs, hidden)
+    x = torch.randn(steps, batch, inputs)
+    upstream = torch.randn(steps, batch, hidden)
+    with torch.no_grad():
+        if what == "input":
+            x[3, 7, 3] = 1e4
+            module.weight_ih_l0[:, 3] = module.weight_ih_l0[:, 3].sign() * 0.05
+        else:
+            getattr(module, "weight_ih_l0" if what == "w_ih" else "weight_hh_l0")[5] *= (
+                1e3 if kind != "rnn" else 20
+            )  # more is chaos
+
+    def gradients(dtype: torch.dtype, backend: str | None) -> list[torch.Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *module.parameters())]
+        if backend is None:
+            output = module(leaves[0])[0]
+            return list(torch.autograd.grad((output * upstream).sum(), [leaves[0], *module.parameters()]))
+        with ops.backend(backend):
+            output = _run(kind, leaves[0], hidden, leaves[1:])
+        return list(torch.autograd.grad((output * upstream.to(dtype)).sum(), leaves))
+
+    exact = gradients(torch.float64, "reference")
+    for fast, torchs, reference in zip(
+        gradients(torch.float32, "cpu"), gradients(torch.float32, None), exact, strict=True
+    ):
+        assert_close_to_reference(fast, torchs, reference, factor=3.0, floor=2e-6)

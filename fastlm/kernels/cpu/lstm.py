@@ -7,7 +7,7 @@ g, o, as in torch.
 
 The forward pass is ours throughout, input projection included, so that a row's result never depends on the other
 rows, the length of the sequence or the thread count; but see `in_digits`. Of the gradients the recurrence is ours;
-those of the weights and of the input are one matrix product each over all steps, which torch's sgemm does.
+those of the weights and of the input are one matrix product each over all steps.
 """
 
 from __future__ import annotations
@@ -103,8 +103,17 @@ def in_digits(batch_sizes: Sequence[int], w_ih: Tensor, w_hh: Tensor) -> bool:
         and batch_sizes[0] >= DIGIT_ROWS
         and digit_tiles()
         and w_ih.dtype is w_hh.dtype is torch.float32
+        and len(w_hh) <= _MOST_DEPTH
         and cached("even", (w_hh,), _even)
     )
+
+
+def gradients_in_digits(batch_sizes: Sequence[int], w_ih: Tensor, w_hh: Tensor) -> bool:
+    """The same of the products of gates' gradients with W_hh, for which its columns have to be even."""
+    return in_digits(batch_sizes, w_ih, w_hh) and cached("even columns", (w_hh,), _even_columns)
+
+
+_MOST_DEPTH = 40_000  # three products of digits, 2^14 at most, of so many numbers fit the sum's 32 bits
 
 
 _EVEN = 7.0
@@ -116,6 +125,10 @@ def _even(matrix: Tensor) -> bool:
     matrix = matrix.detach()
     norm = torch.linalg.vector_norm
     return not bool((norm(matrix, torch.inf, dim=1) * matrix.shape[1] ** 0.5 > _EVEN * norm(matrix, dim=1)).any())
+
+
+def _even_columns(matrix: Tensor) -> bool:
+    return _even(matrix.t())
 
 
 def columns_in_digits(gates: int) -> Callable[[Tensor], Tensor]:
@@ -242,7 +255,7 @@ def layer_backward(
     rows = input.shape[0]
     batch, outputs = h0.shape
     hidden = c0.shape[1]
-    digits = w_hr is None and in_digits(saved.batch_sizes, w_ih, w_hh)
+    digits = w_hr is None and gradients_in_digits(saved.batch_sizes, w_ih, w_hh)
     columns = (
         cached("columns of digits", (w_hh,), columns_in_digits(4))
         if digits
@@ -283,10 +296,10 @@ def layer_backward(
     return Gradients(
         product(grad_gates, w_ih.float()) if needs[0] else None,
         product(grad_gates.t(), input) if needs[1] else None,
-        None if previous is None else product(grad_gates.t(), previous),
+        None if previous is None else product(grad_gates.t(), previous, digits=True),
         grad_bias if needs[3] else None,
         grad_bias.clone() if needs[4] and grad_bias is not None else None,
-        product(grad_projected.t(), unprojected)
+        product(grad_projected.t(), unprojected, digits=True)
         if needs[5] and grad_projected is not None and unprojected is not None
         else None,
         grad_h0 if needs[6] else None,
@@ -298,17 +311,17 @@ _WORTH_TILES = 1 << 22  # multiplications
 _WORTH_DIGITS = 256  # rows, and numbers in one
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor, *, digits: bool = False) -> Tensor:
     """left @ right of float32 matrices, without autograd, in memory that is quick to touch (`native.empty`).
 
-    In digits or parts where there are tiles for them: up to twice as fast as torch's. The transpose of a contiguous
-    `left` is taken as it lies.
+    In parts or, where `right` has states, which are between -1 and 1, in `digits`, if there are tiles for them: up to
+    twice as fast as torch's. The transpose of a contiguous `left` is taken as it lies.
     """
     (rows, depth), columns = left.shape, right.shape[1]
     out = native.empty(rows, columns)
     if rows * columns * depth < _WORTH_TILES or not digit_tiles():
         return torch.mm(left.detach(), right.detach(), out=out)
-    if min(rows, depth) < _WORTH_DIGITS:  # packing would take too much of it
+    if not digits or min(rows, depth) < _WORTH_DIGITS:  # packing would take too much of it
         return float_matmul(left.detach(), right.detach(), out=out)
     across = left.stride(0) == 1 and left.stride(1) >= rows
     if not across:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu.lstm import columns_in_digits, in_digits, pack_columns, product
+from fastlm.kernels.cpu.lstm import columns_in_digits, gradients_in_digits, in_digits, pack_columns, product
 from fastlm.kernels.packing import cached, pack, pack_digits
 
 __all__ = ["Packed", "Saved", "layer_backward", "layer_forward", "pack_layer"]
@@ -142,7 +142,7 @@ def layer_backward(
     of_x = of_h if gates is None else native.empty(rows, w_hh.shape[0])
     previous = native.empty(rows, hidden) if needs[3] else None
     grad_h0 = torch.empty_like(h0)
-    digits = in_digits(saved.batch_sizes, w_ih, w_hh)
+    digits = gradients_in_digits(saved.batch_sizes, w_ih, w_hh)
     in_which = columns_in_digits(w_hh.shape[0] // hidden) if digits else pack_columns
     columns = cached("columns of digits" if digits else "columns", (w_hh,), in_which)
     module.recurrent_backward(
@@ -169,7 +169,7 @@ def layer_backward(
         product(of_x, w_ih.float()) if needs[0] else None,
         grad_h0 if needs[1] else None,
         product(of_x.t(), input) if needs[2] else None,
-        None if previous is None else product(of_h.t(), previous),
+        None if previous is None else product(of_h.t(), previous, digits=saved.cell != "relu"),
         of_x.sum(0) if needs[4] else None,
         of_h.sum(0) if needs[5] else None,
     )

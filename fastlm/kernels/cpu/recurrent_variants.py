@@ -212,7 +212,7 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
     results = (
         product(of_raw_ih, w_ih.float()) if needs[0] else None,
         product(of_raw_ih.t(), input) if needs[1] else None,
-        None if previous is None else product(of_raw.t(), previous),
+        None if previous is None else product(of_raw.t(), previous, digits=True),
         of_b_ih,
         of_b_hh,
         of_ln_ih,
