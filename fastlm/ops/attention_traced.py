@@ -1,7 +1,7 @@
 """Attention as torch.compile and torch.export see it: one custom op for every door, and one for its gradients.
 
 Both choose their kernel when they run. Where none has the gradients, theirs are found by running the best
-implementation that autograd knows once more, with the same draws for dropout.
+implementation that autograd knows once more, with the same draws for dropout: the forward is then that one as well.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops.attention_kernels import ATTENTION, ATTENTION_LSE, dropout_seed, each_sequence, kernel_for
-from fastlm.ops.library import autograd_in_custom_op
+from fastlm.ops.library import autograd_in_custom_op, needs_grad
 from fastlm.reference.attention import Options, Packing
 
 __all__ = ["traced_attention"]
@@ -77,13 +77,30 @@ def _without_kernel(
         return found
 
 
+def _watched(
+    query: Tensor, key: Tensor, value: Tensor, o: Options, wanted: Sequence[bool], want_lse: bool
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """As `_without_kernel`, by an implementation with the wanted gradients: what they are of, and the results."""
+    given = [query, key, value, *(getattr(o, name) for name in _WITH_GRADIENTS)]
+    leaves = [t.detach().requires_grad_() if want else t for t, want in zip(given, wanted, strict=True)]
+    o = o._replace(**dict(zip(_WITH_GRADIENTS, leaves[3:], strict=True)))
+    output, lse = _without_kernel(leaves[0], leaves[1], leaves[2], o, want_lse)
+    return [leaf for leaf, want in zip(leaves, wanted, strict=True) if want], output, lse
+
+
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *options, want_lse = rest
+    *options, want_lse, watched = rest
     o = _named(options)
-    kernel = kernel_for(query, key, value, o, gradients=False)
+    wanted = [bool(watched >> place & 1) for place in range(3 + len(_WITH_GRADIENTS))]
+    again = o.dropout_p > 0 and any(wanted)  # what the backward runs once more has to draw the same
+    kernel = None if again and (wanted[3] or wanted[4]) else kernel_for(query, key, value, o, gradients=again)
     lse: Tensor | None
     if kernel is not None:
         output, lse = kernel.forward(query, key, value, o)
+    elif again:
+        with autograd_in_custom_op():
+            _, output, lse = _watched(query, key, value, o, wanted, want_lse)
+        output, lse = output.detach(), None if lse is None else lse.detach()
     else:
         output, lse = _without_kernel(query, key, value, o, want_lse)
     lse = _empty_lse(query).zero_() if lse is None else lse.contiguous()
@@ -124,13 +141,9 @@ def _backward_by_autograd(
     value: Tensor,
     o: Options,
 ) -> list[Tensor]:
-    given = [query, key, value, *(getattr(o, name) for name in _WITH_GRADIENTS)]
-    leaves = [t.detach().requires_grad_() if want else t for t, want in zip(given, wanted, strict=True)]
     with autograd_in_custom_op():
-        options = o._replace(**dict(zip(_WITH_GRADIENTS, leaves[3:], strict=True)))
-        output, lse = _without_kernel(leaves[0], leaves[1], leaves[2], options, grad_lse is not None)
+        wants, output, lse = _watched(query, key, value, o, wanted, grad_lse is not None)
         pairs = [(output, grad_output)] if lse is None else [(output, grad_output), (lse, grad_lse)]
-    wants = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
     found = torch.autograd.grad([o for o, _ in pairs], wants, [g for _, g in pairs], allow_unused=True)
     # Copies, for an op's results may be no views of each other or of what it was given.
     return [_like(leaf).copy_(0.0 if grad is None else grad) for leaf, grad in zip(wants, found, strict=True)]
@@ -148,7 +161,7 @@ def _backward_fake(grad_output: Tensor, grad_lse: Tensor | None, wanted: Sequenc
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *inputs_, ctx.want_lse = inputs
+    *inputs_, ctx.want_lse, _ = inputs
     ctx.places = [place for place, value in enumerate(inputs_) if isinstance(value, Tensor)]
     ctx.given = [None if isinstance(value, Tensor) else value for value in inputs_]
     ctx.save_for_backward(*output, *(inputs_[place] for place in ctx.places))
@@ -174,7 +187,7 @@ _attention: Any = torch.library.custom_op(
     "fastlm::attention",
     _forward,
     mutates_args=(),
-    schema=f"({_INPUTS}, {_OPTIONS}, bool want_lse) -> (Tensor, Tensor)",
+    schema=f"({_INPUTS}, {_OPTIONS}, bool want_lse, int watched) -> (Tensor, Tensor)",
 )
 _attention.register_fake(_forward_fake)
 _attention.register_autograd(_vjp, setup_context=_setup)
@@ -197,5 +210,8 @@ def traced_attention(
     """
     seed = dropout_seed(query, Options(*options).dropout_p)
     where = (None, None, 0, 0) if packing is None else packing
-    result: tuple[Tensor, Tensor] = _attention(query, key, value, *options, seed, *where, want_lse)
+    o = Options(*options)
+    tensors = (query, key, value, *(getattr(o, name) for name in _WITH_GRADIENTS))
+    watched = sum(needs_grad(tensor) << place for place, tensor in enumerate(tensors))
+    result: tuple[Tensor, Tensor] = _attention(query, key, value, *options, seed, *where, want_lse, watched)
     return result

@@ -111,8 +111,8 @@ def test_opcheck(call: str) -> None:
     where = (STARTS_Q, STARTS_K, 3, 4) if door is _varlen else (None, None, 0, 0)
     rest = (*o[:9], None, *where)
     want_lse = door is ops.attention_lse
-    torch.library.opcheck(torch.ops.fastlm.attention.default, (*tensors, *rest, want_lse))
-    output, lse = torch.ops.fastlm.attention(*tensors, *rest, want_lse)
+    torch.library.opcheck(torch.ops.fastlm.attention.default, (*tensors, *rest, want_lse, 7))
+    output, lse = torch.ops.fastlm.attention(*tensors, *rest, want_lse, 7)
     grads = torch.randn_like(output), torch.randn_like(lse) if want_lse else None
     wanted = [True] * 3 + [t is not None and t.requires_grad for t in (o.mask, o.alibi_slopes, o.sinks)]
     plain = [t.detach() if isinstance(t, Tensor) else t for t in (*tensors, output, lse, *rest)]
@@ -153,6 +153,31 @@ def test_dropout_uses_one_draw_for_forward_and_backward(softcap: float | None) -
     assert not torch.equal(output, other)
     upstream = torch.randn_like(output)
     # The output is linear in the values, so <upstream, output> = <gradient, values> exactly if the draws are the same.
+    gradient = torch.autograd.grad(output, value, upstream)[0]
+    torch.testing.assert_close((upstream * output).sum(), (gradient * value).sum())
+
+
+@pytest.mark.parametrize("lacks", ["all gradients", "the mask's"])
+def test_dropout_is_drawn_once_where_the_kernel_lacks_gradients(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another implementation makes those, by draws of its own: the forward must be that one's too."""
+
+    def drops_otherwise(*_: Any) -> Any:
+        raise AssertionError("a kernel without these gradients has run")
+
+    kernel = Kernel(drops_otherwise, drops_otherwise, True)
+    monkeypatch.setattr(
+        attention_traced,
+        "kernel_for",
+        lambda *_, gradients: None if gradients and lacks == "all gradients" else kernel,
+    )
+    query, key, value, mask = _leaf(1, 2, 8, 4), _leaf(1, 2, 8, 4), _leaf(1, 2, 8, 4), _leaf(1, 2, 8, 8)
+
+    def attend(value: Tensor, mask: Tensor) -> Tensor:
+        return ops.attention(query, key, value, mask=mask, dropout_p=0.5)
+
+    given = mask if lacks == "the mask's" else mask.detach()
+    output = torch.compile(attend, fullgraph=True, backend="aot_eager")(value, given)
+    upstream = torch.randn_like(output)
     gradient = torch.autograd.grad(output, value, upstream)[0]
     torch.testing.assert_close((upstream * output).sum(), (gradient * value).sum())
 
