@@ -11,9 +11,16 @@ namespace {
 template <typename Cell, typename Launch>
 const char* each_row(const Cell& cell, int floats, Launch launch) {
   if (cell.batch == 0 || cell.hidden == 0) return nullptr;
+  const std::size_t shared = std::size_t(cell.hidden) * floats * 4;
+  if (shared > 0) {
+    constexpr std::size_t kSums = 32;  // static, of the block's sums
+    device::Limits limits;
+    if (const char* error = device::limits(&limits)) return error;
+    if (shared + kSums > std::size_t(limits.shared))
+      return "the hidden size is too large for shared memory with layer normalisation of c";
+  }
   return device::with_type(cell.storage, [&](auto type) {
-    return launch(type, device::Shape{unsigned(cell.batch), device::kCellThreads, std::size_t(cell.hidden) * floats * 4,
-                                      false});
+    return launch(type, device::Shape{unsigned(cell.batch), device::kCellThreads, shared, false});
   });
 }
 

@@ -57,7 +57,8 @@ const char* resident_blocks(void (*kernel)(Parameters...), const Shape& shape, i
 
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, Arguments&&... arguments) {
-  if (shape.shared > 48 << 10) {
+  // Up to 48 KB need no asking, but a kernel's static shared memory counts as well.
+  if (shape.shared > 32 << 10) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared));
     if (error != cudaSuccess) return message(error);

@@ -93,10 +93,12 @@ def test_autocast_does_not_reach_the_products(op: str, layer_norm: bool) -> None
 
 def test_normalisation_keeps_no_row_of_gates_in_shared_memory(shim: Any) -> None:
     """Which would bound the hidden size."""
-    shim.set_options(1, True, 3, 8 * 40)
+    shim.set_options(1, True, 3, 8 * 40 + 32)
     torch.manual_seed(0)
     for case in (LSTM, GRU):
         compare(replace(case, hidden=40, **NORM), by_cuda, floor=1e-5, least=1e-3)
+    with pytest.raises(RuntimeError, match="too large for shared memory"):
+        compare(replace(LSTM, hidden=41, **NORM), by_cuda)
 
 
 @pytest.mark.parametrize(("multiprocessors", "shared"), [(1, 64 << 10), (7, 9000), (2, 20000)])
@@ -202,6 +204,14 @@ def test_only_ragged_batches_need_a_table_on_the_device(monkeypatch: pytest.Monk
             by_cuda(replace(LSTM, lengths=lengths), make_inputs(replace(LSTM, lengths=lengths)).to(torch.float32))
         assert len(made) == tables
     assert made[0][0] is not made[1][0]
+
+
+def test_a_graph_of_a_ragged_batch_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(LSTM, lengths=(3, 2, 1))
+    inputs = make_inputs(case).to(torch.float32)
+    monkeypatch.setattr(lstm_kernel.native, "values_unknown", lambda: True)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="different lengths cannot be recorded"):
+        by_cuda(case, inputs)
 
 
 def test_sizes_of_zero(shim: Any) -> None:

@@ -64,6 +64,8 @@ def _sequence(
     stream = cuda.stream(gates_x.device)
     layout: dict[str, Tensor | None] = {}
     if batch_sizes[-1] != batch_sizes[0]:  # else nothing to copy to the device, as where a CUDA graph is recorded
+        if native.values_unknown():
+            raise RuntimeError(f"{kernel}: sequences of different lengths cannot be recorded in a CUDA graph")
         layout["running"], layout["starts"] = _layout(tuple(batch_sizes), gates_x.device, stream)
     scratch = torch.empty(module.lstm_sequence_scratch(*h0.shape), dtype=torch.uint8, device=gates_x.device)
     scratch[:64] = 0
