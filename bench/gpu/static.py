@@ -68,10 +68,11 @@ class Job:
                 key, lambda: [(n, f.to_dict()) for n, f in compiled.compile_cuda(source, include, self.target)]
             )
         (shipped,) = (s for m, s in discover() if (m, s.name) == (self.source, self.name))
-        return _cached(
+        found = _cached(
             _triton_key(shipped, self.target),
             lambda: [(self.name, compiled.compile_triton(shipped, self.target).to_dict())],
         )
+        return [(self.name, facts) for _, facts in found]  # the same machine code may have had another name
 
 
 def _texts(source: Path, include: Sequence[Path]) -> Iterator[str]:

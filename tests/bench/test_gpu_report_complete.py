@@ -50,6 +50,15 @@ def test_every_kernel_that_is_launched_is_in_the_report() -> None:
     assert {(module, name) for module, names in launched.items() for name in names} == shipped
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_every_configuration_is_in_the_record_and_sound() -> None:
+    record = json.loads((_ROOT / "bench" / "results" / "gpu-static.json").read_text(encoding="utf-8"))["rows"]
+    found = {(row["kernel"], row["target"]) for row in record}
+    missing = {(s.name, target) for _, s in static.discover() for target in s.targets} - found
+    assert not missing, "run `python -m bench gpu-static`"
+    assert [row["kernel"] for row in record if row["problems"]] == []
+
+
 def test_every_cuda_kernel_is_in_the_record() -> None:
     """nvcc compiles whole files, so none can be left out; the record has to be of these sources."""
     sources = "".join(path.read_text(encoding="utf-8") for path in (_ROOT / "csrc" / "cuda").glob("*.cu*"))

@@ -196,6 +196,18 @@ def test_the_same_bits_from_pages_and_from_rows(device: str) -> None:
     assert torch.equal(_triton(query, *rows, one, lengths), expected)
 
 
+def test_any_layout_of_the_block_table(device: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    query, pages = torch.randn(2, 4, 1, 32, generator=generator), torch.randn(2, 9, 2, 16, 32, generator=generator)
+    table = torch.randperm(9, generator=generator)[:8].view(2, 4)
+    lengths = torch.tensor([60, 33])
+    query, keys, values, table, lengths = (t.to(device) for t in (query, *pages, table, lengths))
+    with ops.backend("triton"):
+        expected = ops.attention_paged(query, keys, values, table, lengths)
+        for other in (table.t().contiguous().t(), torch.stack((table, table), dim=-1)[..., 0]):
+            assert torch.equal(ops.attention_paged(query, keys, values, other, lengths), expected)
+
+
 def test_any_layout(device: str) -> None:
     args, options = _case(device)
     expected = _triton(*args, **options)

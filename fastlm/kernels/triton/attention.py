@@ -209,7 +209,7 @@ def shipped() -> Iterator[Shipped]:
     ]
     of_gradients = [*half, ("fp32", 64, "causal"), ("fp32", 128, "causal")]
     of_all = [
-        *(("bf16", d, "causal dropout") for d in (64, 128)),
+        *(("bf16", d, "causal dropout") for d in sizes),
         *(("bf16", d, "causal all") for d in sizes),
         ("bf16", 128, "causal all packed"),
         ("fp32", 64, "causal all"),

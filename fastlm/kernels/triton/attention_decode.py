@@ -326,6 +326,7 @@ def _launch(
         return output.transpose(1, 2)
     query, keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (query, keys, values))
     lengths = lengths.contiguous()
+    index = None if index is None else index.contiguous()
     codes, unit = "", 1
     if keys.dtype == torch.int8:
         # [.., D + 4]: a key's scale is the float behind it. Strides count floats, so that it is known that 4 bytes of a

@@ -258,7 +258,7 @@ def linear(
         bias: [N] or None.
     """
     blocks, outputs, _ = codes.shape
-    x = input.reshape(-1, blocks * 32).contiguous()
+    x = input.reshape(input.shape[:-1].numel(), blocks * 32).contiguous()
     rows = len(x)
     output = x.new_empty(rows, outputs)
     if not blocks:
@@ -350,10 +350,12 @@ def one_row_tile(outputs: int) -> int:
 def rows_tile(rows: int, outputs: int, element_size: int) -> tuple[int, int]:
     """Rows of input and outputs to a program: large tiles where there is work for all of a GPU.
 
-    Of 64 by 128, with float32's parts, registers would overflow; eight warps read shared memory twice as often.
+    Of 64 by 128, with float32's parts, registers would overflow; eight warps read shared memory twice as often. Of 32
+    by 32 with those, Q8_0 spills 8 bytes on sm_100.
     """
     block_m = min(max(16, triton.next_power_of_2(rows)), 64)
-    return block_m, 32 if outputs <= 4096 and rows <= 64 else 128 if block_m == 64 and element_size == 2 else 64
+    small = outputs <= 4096 and rows <= 64 and (element_size == 2 or block_m != 32)
+    return block_m, 32 if small else 128 if block_m == 64 and element_size == 2 else 64
 
 
 def many_rows_tile(rows: int, outputs: int, element_size: int, architecture: str) -> int:
@@ -386,10 +388,14 @@ def shipped() -> Iterator[Shipped]:
         pointers = {"codes": "*u8", "scales": "*fp16"} | ({"minima": "*fp16"} if kind == "Q4_1" else {})
         none = {"bias": None} | ({} if kind == "Q4_1" else {"minima": None})
         fixed = {"KIND": kind, "BYTES": size, "BIAS": False, **none}
-        for dtype, tile, result in (("bf16", 8, "bf16"), ("fp32", 4, "fp32"), ("bf16", 4, "fp32")):
+        for dtype, tile, result in (
+            *((dtype, tile, dtype) for dtype in ("bf16", "fp32") for tile in (4, 8, 16)),
+            ("fp16", 8, "fp16"),
+            ("bf16", 4, "fp32"),
+        ):
             floats = {"input": f"*{dtype}", "output": f"*{result}"}
             yield Shipped(
-                name=f"quantized_linear {kind} {dtype} one row{'' if result == dtype else ' in parts'}",
+                name=f"quantized_linear {kind} {dtype} one row n{tile}{'' if result == dtype else ' in parts'}",
                 kernel=_one_row,
                 signature={**floats, **pointers, "outputs": "i32", "blocks": "i32", "part": "i32"},
                 constants={**fixed, "BLOCK_N": tile, "BLOCK_K": 128 // tile},
@@ -404,6 +410,7 @@ def shipped() -> Iterator[Shipped]:
             ("fp16", 128, "fp16", nvidia),
             ("bf16", 128, "fp32", nvidia),
             ("bf16", 256, "bf16", ("sm_90", "sm_100")),
+            ("fp16", 256, "fp16", ("sm_90", "sm_100")),
         ):
             floats = {"input": f"*{dtype}", "output": f"*{result}"}
             yield Shipped(
@@ -426,11 +433,11 @@ def shipped() -> Iterator[Shipped]:
         for dtype, rows, outputs, result in (
             ("bf16", 8, 4096, "bf16"),
             ("bf16", 8, 4096, "fp32"),
-            ("bf16", 8, 16384, "bf16"),
-            ("bf16", 64, 16384, "bf16"),
             ("bf16", 64, 16384, "fp32"),
-            ("fp16", 64, 16384, "fp16"),
-            ("fp32", 8, 4096, "fp32"),
+            *(("bf16", rows, outputs, "bf16") for rows, outputs in ((8, 16384), (32, 4096), (32, 16384))),
+            *(("bf16", 64, outputs, "bf16") for outputs in (4096, 16384)),
+            *(("fp16", rows, outputs, "fp16") for rows, outputs in ((8, 4096), (64, 16384))),
+            *(("fp32", rows, outputs, "fp32") for rows, outputs in ((8, 4096), (8, 16384), (32, 16384), (64, 4096))),
             ("fp32", 512, 4096, "fp32"),
         ):
             block_m, block_n = rows_tile(rows, outputs, 4 if dtype == "fp32" else 2)
