@@ -53,7 +53,7 @@ _MOST_CALLS = 256
 
 @functools.lru_cache(maxsize=64)
 def _row_numbers(batch: int) -> Tensor:
-    return torch.arange(batch)
+    return torch.arange(batch, device="cpu")
 
 
 def _check_rows(name: str, value: Tensor, batch: int, integer: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Iterable
@@ -56,15 +57,36 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
 
 
 _COLLAPSE = 25  # MADV_COLLAPSE, Linux 6.1 and later
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def _huge_pages_forbidden() -> bool:
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled", encoding="ascii") as setting:
+            return "[never]" in setting.read()
+    except OSError:
+        return True
+
+
 _APART = 1 << 16  # bytes between allocations that are taken to be one mapping
 
 
 def collapse(tensors: Iterable[Tensor]) -> None:
     """Asks Linux to move the memory of CPU tensors into huge pages, where it is: addresses and contents stay.
 
-    Where it can't (another system, too few free pages, a mapped file), all stays as it is. Takes as long as copying.
+    Where it can't (another system, too few free pages, a mapped file), or the administrator wants none, all stays as it
+    is; as in a forked process, which would get a copy of what it shares with the others. Takes as long as copying.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or _forked or _huge_pages_forbidden():
         return
     page, spans = mmap.PAGESIZE, list[list[int]]()
     for start, end in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.is_cpu and t.nbytes):

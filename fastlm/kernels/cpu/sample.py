@@ -90,7 +90,7 @@ class Call:
 
     def __call__(self, logits: Tensor, position: int) -> Tensor | None:
         """The tokens [B]; None where a row is refused."""
-        tokens = torch.empty(self._batch, dtype=torch.int64)
+        tokens = torch.empty(self._batch, dtype=torch.int64, device="cpu")
         refused = self._kernel(
             logits.data_ptr(), *self._sizes, [*self._integers, position, 0, 0], self._integer_rows,
             0, 0, 0, 0, 0, tokens.data_ptr(), native.num_threads(),
@@ -111,7 +111,7 @@ def run(
     if x.stride(1) != 1:
         x = x.contiguous()
     alive: list[Tensor] = []
-    tokens = torch.empty(len(x), dtype=torch.int64)
+    tokens = torch.empty(len(x), dtype=torch.int64, device="cpu")
     given = arguments(x, options, logit_bias, history, history_lengths, prompt_lengths, tokens, alive)
     refused = native.CPU.require().sample(*given, native.num_threads())
     if refused >= 0:
