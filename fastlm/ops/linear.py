@@ -55,6 +55,8 @@ def _by_tiles(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | No
         dtype = KINDS[weight.kind].dtype
         if dtype is None or weight.layout != "blocks" or weight.shape[1] == 0:
             return None
+        if weight.data.storage_offset() % dtype.itemsize:  # in a file whose parts are not aligned
+            return None
         weight = weight.data.view(dtype)
     return weight if float_linear_why_not(input, weight, bias) is None else None
 

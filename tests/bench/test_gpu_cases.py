@@ -16,6 +16,7 @@ from bench import measure
 from bench.case import Case, GateFailed
 from bench.gpu import live
 from bench.worker import EngineError
+from fastlm.kernels import cuda
 
 MODULES = program._SUITES["gpu"]
 # Peers that only run on a GPU, or need a package that CI does not install, or a model.
@@ -115,6 +116,7 @@ def test_the_record_names_the_gpu_and_its_ceilings(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(cuda, "_device_error", lambda module, device: None)  # which would ask it
     monkeypatch.setattr(program, "_device_ceilings", lambda device: ceilings)
     monkeypatch.setattr(program, "_SUITES", {"gpu": ("gpu_recurrent",)})
     module = importlib.import_module("bench.cases.gpu_recurrent")

@@ -392,3 +392,11 @@ def test_bad_arguments_are_named() -> None:
         ops.linear(torch.randn(2, 64), weight, compute="quick")
     with pytest.raises(ValueError, match=r"weight is \[64\]"):
         ops.linear(torch.randn(2, 64), torch.randn(64))
+
+
+def test_a_float_weight_of_a_file_may_lie_anywhere() -> None:
+    values, x = torch.randn(256, 256), torch.randn(1, 256)
+    data = torch.empty(256 * 256 * 4 + 2, dtype=torch.uint8)
+    data[2:] = values.view(torch.uint8).flatten()
+    weight = QuantizedTensor(data[2:].view(256, -1), "F32", (256, 256))
+    torch.testing.assert_close(ops.linear(x, weight), ops.linear(x, values), rtol=1e-5, atol=1e-4)
