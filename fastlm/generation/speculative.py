@@ -14,8 +14,8 @@ class Pace:
 
     Time is counted in plain steps, whose cost is measured as they run. A text is *rehearsed* or *guessed*:
 
-    - Rehearsals hold guesses against tokens that plain steps have given. They take at most a hundredth of the time: one
-      that took m steps is followed by 100 m plain tokens. They tell what rounds would have saved of late.
+    - Rehearsals hold guesses against tokens that plain steps have given. They take about a hundredth of the time: one
+      that took m steps, of which 4 count, is followed by 100 m plain tokens. They tell what rounds would have saved.
     - A round confirms guesses. One that gives n tokens for the time of m plain steps adds n - m to an account, and
       every plain token adds a hundredth. A round begins while the account could bear its failing; where it could not,
       rehearsing goes on, and rounds begin again when four times what is missing has been saved in rehearsals. Then a
