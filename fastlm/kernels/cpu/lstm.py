@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu.matmul import float_matmul
+from fastlm.kernels.cpu import matmul
 from fastlm.kernels.packing import cached, digit_tiles, find, pack, pack_digits
 
 __all__ = ["Gradients", "Saved", "cell", "layer_backward", "layer_forward", "pack_layer", "prepared_cell"]
@@ -307,22 +307,19 @@ def layer_backward(
     )
 
 
-_WORTH_TILES = 1 << 22  # multiplications
-_WORTH_DIGITS = 256  # rows, and numbers in one
+_WORTH_DIGITS = 256  # rows, and numbers in one, below which packing would take too much of it
 
 
 def product(left: Tensor, right: Tensor, *, digits: bool = False) -> Tensor:
     """left @ right of float32 matrices, without autograd, in memory that is quick to touch (`native.empty`).
 
-    In parts or, where `right` has states, which are between -1 and 1, in `digits`, if there are tiles for them: up to
-    twice as fast as torch's. The transpose of a contiguous `left` is taken as it lies.
+    By `matmul.product` or, where `right` has states, which are between -1 and 1, in `digits`, if there are tiles for
+    them: twice as fast as torch's. The transpose of a contiguous `left` is taken as it lies.
     """
     (rows, depth), columns = left.shape, right.shape[1]
     out = native.empty(rows, columns)
-    if rows * columns * depth < _WORTH_TILES or not digit_tiles():
-        return torch.mm(left.detach(), right.detach(), out=out)
-    if not digits or min(rows, depth) < _WORTH_DIGITS:  # packing would take too much of it
-        return float_matmul(left.detach(), right.detach(), out=out)
+    if not digits or min(rows, depth) < _WORTH_DIGITS or not digit_tiles():
+        return matmul.product(left.detach(), right.detach(), out=out)
     across = left.stride(0) == 1 and left.stride(1) >= rows
     if not across:
         left = left.contiguous()
