@@ -1,10 +1,12 @@
 // fastlm.ops.attention_decode on the CPU.
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <limits>
 #include <string>
 
 #include "bindings.h"
+#include "exchange.h"
 #include "fastlm/attention_decode.h"
 
 namespace fastlm {
@@ -70,12 +72,141 @@ void run(AttentionDecode a, address query, address key, address value, address l
   launch(&attention_decode, a);
 }
 
+// What decides over a call beside the numbers in its tensors: options, and of each tensor dtype, shape and strides.
+constexpr int kTensors = 5, kMostDims = 4;
+struct Signature {
+  double options[3];  // scale, window, softcap
+  uint64_t given;     // which of them are not None, by bits
+  uint64_t dtype[kTensors];
+  int64_t sizes[kTensors][2 * kMostDims];
+};
+
+// The signature of query, key cache, value cache, lengths, rows, scale, window and softcap, and where the tensors'
+// data are; false for what is not plain tensors on a CPU, or options that are no numbers. Leaves no error behind.
+bool sign(PyObject* const* args, Signature* signature, address* data) {
+  std::memset(signature, 0, sizeof(*signature));
+  for (int t = 0; t < kTensors; ++t) {
+    data[t] = 0;
+    if (args[t] == Py_None) continue;
+    TensorView view;
+    if (!exchange().read(args[t], &view) || view.device_type != 1 || view.dims > kMostDims) return false;
+    data[t] = reinterpret_cast<address>(view.data) + view.byte_offset;
+    signature->dtype[t] = uint64_t{view.dtype_lanes} << 32 | uint64_t{view.dtype_code} << 16 |
+                          uint64_t{view.dtype_bits} << 8 | static_cast<uint64_t>(view.dims + 1);
+    std::memcpy(signature->sizes[t], view.shape, sizeof(int64_t) * view.dims);
+    std::memcpy(signature->sizes[t] + kMostDims, view.strides, sizeof(int64_t) * view.dims);
+  }
+  for (int i = 0; i < 3; ++i) {
+    PyObject* const option = args[kTensors + i];
+    if (option == Py_None) continue;
+    signature->options[i] = PyFloat_AsDouble(option);
+    signature->given |= uint64_t{1} << i;
+  }
+  if (PyErr_Occurred() == nullptr) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// Calls that were checked in Python, of which those that only bring other numbers need not be checked again. Never
+// freed: it holds Python's objects, and outlives the interpreter.
+struct Known {
+  Signature signature;
+  AttentionDecode call;
+  py::object empty;         // makes the output
+  py::object arguments[4];  // of `empty`, the last two by name
+  py::object names;
+};
+constexpr int kMostKnown = 64;
+struct Memory {
+  Known known[kMostKnown];
+  int count = 0, next = 0, last = 0;
+};
+Memory& memory() {
+  static Memory* const instance = new Memory;
+  return *instance;
+}
+
+void remember(const AttentionDecode& call, const py::tuple& args, py::object empty, py::object shape,
+              py::object strides, py::object dtype, py::object device) {
+  Signature signature;
+  address data[kTensors];
+  if (exchange().table == nullptr || args.size() != kTensors + 3) return;
+  if (!sign(&PyTuple_GET_ITEM(args.ptr(), 0), &signature, data)) return;
+  Memory& m = memory();
+  m.known[m.next] = {signature, call, std::move(empty),
+                     {std::move(shape), std::move(strides), std::move(dtype), std::move(device)},
+                     py::make_tuple("dtype", "device")};
+  m.last = m.next;
+  m.count = std::max(m.count, m.next + 1);
+  m.next = (m.next + 1) % kMostKnown;
+}
+
+int forget() {
+  Memory& m = memory();
+  const int count = m.count;
+  for (Known& known : m.known) known = {};
+  m.count = m.next = m.last = 0;
+  return count;
+}
+
+const Known* find(const Signature& signature) {
+  Memory& m = memory();
+  for (int i = 0; i < m.count; ++i) {
+    const int at = (m.last + i) % m.count;
+    if (std::memcmp(&m.known[at].signature, &signature, sizeof(signature)) != 0) continue;
+    m.last = at;
+    return &m.known[at];
+  }
+  return nullptr;
+}
+
+// (query, key_cache, value_cache, lengths, rows, scale, window, softcap, threads): the output, or None for a call that
+// is not known. Without pybind11, whose dispatch alone takes a microsecond.
+PyObject* known(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != kTensors + 4) {
+    PyErr_Format(PyExc_TypeError, "attention_decode_known: %zd arguments, expected %d", count, kTensors + 4);
+    return nullptr;
+  }
+  Signature signature;
+  address data[kTensors];
+  const Known* const found = sign(args, &signature, data) ? find(signature) : nullptr;
+  if (found == nullptr) Py_RETURN_NONE;
+  try {
+    // Kept here: making a tensor can run any Python, under a dispatch mode.
+    const AttentionDecode call = found->call;
+    const py::object empty = found->empty, names = found->names;
+    const py::object shape = found->arguments[0], strides = found->arguments[1], dtype = found->arguments[2],
+                     device = found->arguments[3];
+    PyObject* const arguments[] = {shape.ptr(), strides.ptr(), dtype.ptr(), device.ptr()};
+    const auto output = py::reinterpret_steal<py::object>(PyObject_Vectorcall(empty.ptr(), arguments, 2, names.ptr()));
+    TensorView view;
+    if (!output) return nullptr;
+    if (!exchange().read(output.ptr(), &view)) Py_RETURN_NONE;
+    const long threads = PyLong_AsLong(args[kTensors + 3]);
+    if (threads == -1 && PyErr_Occurred() != nullptr) return nullptr;
+    run(call, data[0], data[1], data[2], data[3], data[4], 0, reinterpret_cast<address>(view.data) + view.byte_offset,
+        static_cast<int>(threads));
+    return output.inc_ref().ptr();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyMethodDef known_method = {"attention_decode_known", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(known)),
+                            METH_FASTCALL, "The output of a call remembered by its tensors' layout, or None."};
+
 }  // namespace
 
 void bind_attention_decode(py::module_& m) {
   py::class_<AttentionDecode>(m, "AttentionDecode", "A call of attention_decode without its addresses.")
       .def(py::init(&plan))
       .def("__call__", &run);
+  m.def("attention_decode_remember", &remember);
+  m.def("attention_decode_forget", &forget, "Forgets all remembered calls; returns how many there were.");
+  m.attr("attention_decode_known") = py::reinterpret_steal<py::object>(PyCFunction_New(&known_method, nullptr));
 }
 
 }  // namespace fastlm

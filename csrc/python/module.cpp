@@ -1,6 +1,7 @@
 // The Python module fastlm._native. Bindings convert, validate, release the GIL and call: no maths here, and no
 // torch. Tensors arrive as addresses, checked once in Python (fastlm/kernels); each bind_<op> is in its own file.
 #include "bindings.h"
+#include "exchange.h"
 
 #include "fastlm/isa.h"
 
@@ -11,6 +12,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa_active", &fastlm::isa_active);
   m.def("isa_force", &fastlm::isa_force, py::arg("level"));
   m.def("simd_lanes", &fastlm::simd_lanes);
+  m.def("set_exchange", &fastlm::set_exchange, py::arg("capsule"), py::arg("tensor"), py::arg("parameter"));
   fastlm::bind_activation(m);
   fastlm::bind_adamw(m);
   fastlm::bind_attention(m);

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "num_threads",
     "recording",
     "recording_on_device",
+    "shows_tensors",
     "values_unknown",
 ]
 
@@ -96,6 +98,16 @@ CUDA = NativeModule("_cuda")
 def address(tensor: torch.Tensor | None) -> int:
     """Where a tensor's data begin, as bindings take it; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+@cache
+def shows_tensors() -> bool:
+    """Whether native code can read a tensor's address, shape and strides by itself: newer versions of torch offer
+    DLPack's exchange interface."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if CPU.module is None or capsule is None:
+        return False
+    return bool(CPU.module.set_exchange(capsule, torch.Tensor, torch.nn.Parameter))
 
 
 _HUGE = 1 << 21  # bytes from which new memory asks for pages of this size

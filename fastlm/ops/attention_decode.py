@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from fastlm.kernels import native
 from fastlm.kernels.cpu import attention_decode as cpu
 from fastlm.ops.attention import check_options
 from fastlm.ops.attention_kernels import ATTENTION
@@ -176,10 +178,6 @@ def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tenso
         )
 
 
-_CALLS: dict[tuple[Any, ...], cpu.Call] = {}
-_MOST_CALLS = 256
-
-
 def _as_they_are(query: Tensor, *indices: Tensor | None) -> bool:
     """Whether the kernel can read these without a copy."""
     return query.stride(3) == 1 and all(index is None or index.is_contiguous() for index in indices)
@@ -220,24 +218,18 @@ def attention_decode(
             CPU).
     """
     # Plain inference on a CPU asks for the same again and again: what was checked and chosen for these shapes holds.
-    known: tuple[Any, ...] | None = None
-    if alibi_slopes is None and undisturbed():
-        known = tuple(
-            None if t is None else (t.shape, t.stride(), t.dtype, t.device)
-            for t in (query, key_cache, value_cache, lengths, rows)
-        )
-        known = (*known, scale, window, softcap)
-        call = _CALLS.get(known)
-        if call is not None:
-            return call(query, key_cache, value_cache, lengths, rows)
+    known = cpu.known if alibi_slopes is None and undisturbed() else None
+    if known is not None:
+        found = known(query, key_cache, value_cache, lengths, rows, scale, window, softcap, native.num_threads())
+        if found is not None:
+            return found
     _check(query, key_cache, value_cache, lengths, rows)
     check_options("attention_decode", query, window, softcap, alibi_slopes)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    args = query, key_cache, value_cache, lengths, rows, scale, window, softcap, alibi_slopes
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    args = query, key_cache, value_cache, lengths, rows, factor, window, softcap, alibi_slopes
     if known is not None and cpu.why_not(*args) is None and _as_they_are(query, lengths, rows):
-        if len(_CALLS) >= _MOST_CALLS:
-            _CALLS.clear()
-        _CALLS[known] = cpu.Call(query, key_cache, value_cache, scale, window, softcap)
-    run = _attention_decode if tracing() else ATTENTION_DECODE
+        cpu.remember(query, key_cache, value_cache, lengths, rows, scale, window, softcap)
+    # Others than plain tensors may have no memory, as those of FakeTensorMode, or tell torch alone what they hold.
+    opaque = any(isinstance(t, Tensor) and type(t) is not Tensor and type(t) is not Parameter for t in args)
+    run = _attention_decode if opaque or tracing() else ATTENTION_DECODE
     return run(*args)

@@ -20,8 +20,9 @@ from fastlm.generation.capture import CaptureError, Refused
 from fastlm.generation.graph import Graph, sampling_device
 from fastlm.generation.lanes import Lanes
 from fastlm.kernels import native
+from fastlm.kernels.cpu import attention_decode
 from fastlm.models.base import CausalLM
-from fastlm.ops.attention_decode import _CALLS, ATTENTION_DECODE, _torch_run
+from fastlm.ops.attention_decode import ATTENTION_DECODE, _torch_run
 from fastlm.ops.checks import usable_device
 from fastlm.ops.registry import Implementation, always
 
@@ -38,11 +39,11 @@ def model(request: pytest.FixtureRequest) -> CausalLM:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[CudaGraph]:
     """CPU tensors treated as a device's: graphs emulated, torch operations alone, no value looked at."""
+    attention_decode.forget()  # what was chosen for a CPU
     monkeypatch.setattr(recordings, "records", lambda device: True)
     monkeypatch.setattr(native.CPU, "module", None)
     monkeypatch.setattr(native.CPU, "error", "not for a device")
     monkeypatch.setattr(ATTENTION_DECODE, "implementations", (Implementation("torch", _torch_run, always),))
-    _CALLS.clear()  # what was chosen for a CPU
     return install(monkeypatch)
 
 

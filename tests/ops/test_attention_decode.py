@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from naive_attention import naive_attention
 from tolerance import assert_close_to_reference
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastlm import ops
 from fastlm.kernels import native
@@ -257,8 +257,7 @@ def test_errors_name_the_argument(backend: str, change: dict[str, Any], message:
 
 def _repeated(change: str) -> None:
     """Inference asks again with other tensors, of which one thing differs: it must not get what was found before."""
-    op = import_module("fastlm.ops.attention_decode")
-    op._CALLS.clear()
+    kernel.forget()
     args, options = _case(2, 4, 2, 3, 10, [7, 9], 12)
     wide = torch.randn(2, 4, 3, 20)
     with torch.no_grad():
@@ -289,7 +288,8 @@ def _repeated(change: str) -> None:
                 keys, values = keys.nan_to_num(), values.nan_to_num()
                 changed[change] = (query, keys, values, lengths)
             compare(ops.attention_decode, changed.get(change, args), more)
-        assert len(op._CALLS) == (1 if change in ("nothing", "values", "slopes") else 2)
+        same = change in ("nothing", "values", "slopes") or not native.shows_tensors()
+        assert kernel.forget() == native.shows_tensors() * (1 if same else 2)
         # What was found of the shapes says nothing of the numbers.
         with pytest.raises(ValueError, match=r"lengths\[1\] is 13, expected from 3 .* to 12"):
             ops.attention_decode(*args[:3], torch.tensor([7, 13]), **options)
@@ -310,15 +310,109 @@ def test_what_was_found_for_a_call_serves_calls_like_it_alone(change: str) -> No
 
 @pytest.mark.parametrize("change", ["query strides", "window", "tokens"])
 def test_planted_fault_calls_taken_for_like_are_found(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    op = import_module("fastlm.ops.attention_decode")
+    first: list[Any] = []
 
-    class Blind(dict[Any, Any]):
-        def get(self, key: Any, default: Any = None) -> Any:
-            return next(iter(self.values()), default)
+    def blind(*call: Any) -> Tensor | None:
+        """The first call's layout and options for all that follow."""
+        if not first:
+            first.extend(call)
+            return None
+        query, keys, values, lengths, rows = (
+            None if now is None else now.as_strided(then.shape, then.stride())
+            for now, then in zip(call[:5], first[:5], strict=True)
+        )
+        scale = query.shape[3] ** -0.5
+        return kernel.attention_decode(query, keys, values, lengths, rows, scale, *first[6:8], None)
 
-    monkeypatch.setattr(op, "_CALLS", Blind())
-    with pytest.raises((AssertionError, ValueError)):
+    monkeypatch.setattr(kernel, "known", blind)
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
         _repeated(change)
+
+
+def test_a_known_call_takes_its_tensors_as_they_are_now() -> None:
+    """Tensors that change their memory or their layout in place, that want gradients, that are of a subclass."""
+    if not native.shows_tensors():
+        pytest.skip("torch shows no tensors to native code")
+    args, options = _case(2, 4, 2, 3, 10, [7, 9], 12)
+    query, keys, _, lengths = args
+    kernel.forget()
+    with torch.no_grad():
+        compare(ops.attention_decode, args, options)
+        assert kernel.known(*args, options["rows"], None, None, None, 2) is not None
+        query.set_(torch.randn(2, 4, 3, 10))  # other memory under the same object
+        compare(ops.attention_decode, args, options)
+        keys.transpose_(1, 2).transpose_(1, 2)
+        lengths.sub_(1)
+        compare(ops.attention_decode, args, options)
+        query.set_(torch.randn(2, 3, 4, 10).transpose(1, 2))
+        compare(ops.attention_decode, args, options)
+        parameter = torch.nn.Parameter(query)
+        compare(ops.attention_decode, (parameter, *args[1:]), options)
+        assert kernel.forget() == 2
+    for tensor in args[:3]:
+        tensor.requires_grad_()
+    leaf = ops.attention_decode(*args, **options)
+    assert leaf.requires_grad
+    with torch.inference_mode():
+        compare(ops.attention_decode, args, options)
+    assert kernel.forget() == 1
+
+
+def test_what_is_no_plain_call_is_not_known() -> None:
+    if not native.shows_tensors():
+        pytest.skip("torch shows no tensors to native code")
+
+    class Sub(Tensor):
+        pass
+
+    args, options = _case(2, 4, 2, 3, 10, [7, 9], 12)
+    query, keys, values, lengths = args
+    plain = (*args, options["rows"], 0.5, None, None)
+    with torch.no_grad():
+        ops.attention_decode(*args, rows=options["rows"], scale=0.5)
+        assert kernel.known(*plain, 1) is not None
+        for place, other in (
+            (0, query.as_subclass(Sub)),  # type: ignore[no-untyped-call]
+            (0, query.to("meta")),
+            (0, query.to_sparse()),
+            (0, query.double()),
+            (0, None),
+            (0, query[None]),
+            (0, 3),
+            (1, keys.bfloat16()),
+            (2, values[:, :, :11]),
+            (3, lengths.int()),
+            (4, None),
+            (5, 0.25),
+            (5, None),
+            (5, float("nan")),
+            (5, "no number"),
+            (6, 3),
+            (7, 0.5),
+        ):
+            assert kernel.known(*plain[:place], other, *plain[place + 1 :], 1) is None, (place, other)
+        with pytest.raises(TypeError, match="9"):
+            kernel.known(*plain)
+        with pytest.raises(TypeError):
+            kernel.known(*plain, "two")
+        for _ in range(70):  # more layouts than are kept
+            positions = 12 + _
+            caches = torch.randn(2, 4, 2, positions, 10)
+            compare(ops.attention_decode, (query, *caches, lengths), options)
+        assert kernel.known(*plain, 1) is None
+        compare(ops.attention_decode, args, options)
+    assert kernel.forget() == 64
+
+
+def test_fake_tensors_give_fake_tensors() -> None:
+    args, options = _case(2, 4, 2, 3, 10, [7, 9], 12)
+    with torch.no_grad():
+        real = ops.attention_decode(*args, **options)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = ops.attention_decode(*(mode.from_tensor(t) for t in args), rows=mode.from_tensor(options["rows"]))
+    assert type(fake) is FakeTensor
+    assert fake.shape == real.shape
+    assert fake.dtype == real.dtype
 
 
 def test_the_default_device_does_not_matter(isa: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastlm.kernels import native
 from fastlm.kernels.cpu.elementwise import KV_TYPES
 
-__all__ = ["Call", "attention_decode", "why_not"]
+__all__ = ["attention_decode", "forget", "known", "remember", "why_not"]
 
 _MAX_DIM = 256
 
@@ -64,66 +67,81 @@ def attention_decode(
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(torch.float32).contiguous()
         slopes_stride = query.shape[1] if alibi_slopes.dim() == 2 else 0
-    call = Call(query, key_cache, value_cache, scale, window, softcap, slopes_stride)
-    return call(query, key_cache, value_cache, lengths, rows, alibi_slopes)
+    output = torch.empty_strided(query.shape, _strides(query), dtype=torch.float32, device=query.device)
+    _plan(query, key_cache, value_cache, scale, window, softcap, slopes_stride)(
+        query.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        lengths.data_ptr(),
+        native.address(rows),
+        native.address(alibi_slopes),
+        output.data_ptr(),
+        native.num_threads(),
+    )
+    return output
 
 
-class Call:
-    """A call of `attention_decode` for all tensors of the same shapes, strides and dtypes as these.
+def _strides(query: Tensor) -> tuple[int, ...]:
+    """Of an output [B, H, T, D], contiguous as [B, T, H, D], which the projection behind it reads."""
+    _, heads, tokens, dim = query.shape
+    return tokens * heads * dim, dim, heads * dim, 1
 
-    Args:
-        query: its last dimension contiguous, as those of the caches.
-        slopes_stride: H where ALiBi slopes are [B, H], else 0.
-    """
 
-    __slots__ = ("_run", "_shape", "_stride")
+def _plan(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    slopes_stride: int = 0,
+) -> Any:
+    """A call without its addresses. The last dimension of queries and caches is contiguous."""
+    return native.CPU.require().AttentionDecode(
+        query.shape,
+        query.stride(),
+        KV_TYPES[key_cache.dtype],
+        key_cache.shape,
+        key_cache.stride(),
+        value_cache.stride(),
+        slopes_stride,
+        scale,
+        softcap or 0.0,
+        window or 0,
+    )
 
-    def __init__(
-        self,
-        query: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        slopes_stride: int = 0,
-    ) -> None:
-        self._shape = query.shape
-        heads, tokens, dim = self._shape[1:]
-        # Contiguous as [B, T, H, D], which the projection behind it reads.
-        self._stride = (tokens * heads * dim, dim, heads * dim, 1)
-        self._run = native.CPU.require().AttentionDecode(
-            query.shape,
-            query.stride(),
-            KV_TYPES[key_cache.dtype],
-            key_cache.shape,
-            key_cache.stride(),
-            value_cache.stride(),
-            slopes_stride,
-            scale,
-            softcap or 0.0,
-            window or 0,
-        )
 
-    def __call__(
-        self,
-        query: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        lengths: Tensor,
-        rows: Tensor | None,
-        slopes: Tensor | None = None,
-    ) -> Tensor:
-        """Lengths, rows and slopes contiguous, the slopes float32."""
-        output = torch.empty_strided(self._shape, self._stride, dtype=torch.float32, device=query.device)
-        self._run(
-            query.data_ptr(),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
-            lengths.data_ptr(),
-            native.address(rows),
-            native.address(slopes),
-            output.data_ptr(),
-            native.num_threads(),
-        )
-        return output
+# (query, key_cache, value_cache, lengths, rows, scale, window, softcap, threads): the output if these options and
+# tensors of these dtypes, shapes and strides were remembered, else None. None are where torch does not show its
+# tensors to native code.
+known: Callable[..., Tensor | None] | None = None
+if native.shows_tensors():
+    known = native.CPU.require().attention_decode_known
+
+
+def remember(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Lets `known` serve calls like this one, which was checked and which `why_not` has nothing against. Queries have
+    contiguous features; lengths and rows are contiguous."""
+    native.CPU.require().attention_decode_remember(
+        _plan(query, key_cache, value_cache, query.shape[3] ** -0.5 if scale is None else scale, window, softcap),
+        (query, key_cache, value_cache, lengths, rows, scale, window, softcap),
+        torch.empty_strided,
+        tuple(query.shape),
+        _strides(query),
+        torch.float32,
+        query.device,
+    )
+
+
+def forget() -> int:
+    """Forgets what was remembered; returns how many calls that were."""
+    return int(native.CPU.require().attention_decode_forget())
