@@ -3,11 +3,15 @@
 // A row costs one pass for the maximum and one for the weights and their sums by group; a draw walks the group sums
 // and one group. top_p is decided by rejection: one pass sums the weights ahead of the drawn token, and where that
 // refuses the token, the same sums serve the next draw. top_k first shrinks the row to its k candidates, found with
-// the help of the groups' maxima. All sums are of integers, so that neither the lanes nor the threads matter; and this file is
-// compiled without fused multiply-adds, so that every level rounds alike.
+// the help of the groups' maxima. All sums are of integers, so that neither the lanes nor the threads matter; and this
+// file is compiled without fused multiply-adds, so that every level rounds alike.
 //
-// Threads share the rows. To share one row between them was tried and lost: at 50,000 tokens a pass takes less time
-// than the threads take to meet.
+// Weights exact to the bit cost twice what weights within 2^-20 do, and the token is nearly always the same: so the
+// latter are found first, with a bound on their sums' error, and if the draw falls further than that from where
+// another token would begin, it is the exact one's result. If not, or if top_p might refuse it, the row is drawn again
+// exactly.
+//
+// Threads share the rows; what is left over of them, and of a vocabulary large enough, all work on row by row.
 #include "fastlm/sample.h"
 
 #include <cfloat>
@@ -15,6 +19,7 @@
 
 #include "fastlm/philox.h"
 #include "kernel_table.h"
+#include "sample_weights.h"
 #include "simd.h"
 #include "threads.h"
 #include "top_k.h"
@@ -23,20 +28,30 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-constexpr int kGroupVectors = 32;
-constexpr int64_t kGroup = kGroupVectors * kLanes;  // elements
-constexpr float kInfinity = __builtin_inff();
+// The threads that draw a row together: all go through the same steps, each over groups of its own, and come to the
+// same decisions.
+struct Crew {
+  int thread, threads;
+  Barrier& barrier;
 
-int64_t groups_of(int64_t n) { return (n + kGroup - 1) / kGroup; }
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  Range groups(int64_t n) const { return share(groups_of(n), thread, threads); }
+  void meet() const {
+    if (threads > 1) barrier.wait();
+  }
+};
 
-// One thread's scratch.
+// A row of so many elements is drawn with near weights first.
+constexpr int64_t kNearFrom = 1024;
+// So many elements are work for a thread: less, and meeting the others takes longer.
+constexpr int64_t kThreadFrom = 16384;
+
+// What a crew works in.
 struct Scratch {
   float* logits;     // [vocab] after bias and penalties, or after top_k
   float* e;          // [vocab, padded] relative probabilities
   uint32_t* counts;  // [vocab] of history; zero between calls
   int32_t* ids;      // [vocab] of what top_k keeps
-  uint64_t* keys;    // [vocab] for top_k
+  uint64_t* keys;    // [vocab] for top_k; or a sum of each thread
   int64_t* sums;     // [groups] of weights
   float* maxima;     // [groups, kLanes]
 };
@@ -121,18 +136,20 @@ bool process(const float* logits, const float* bias, const int64_t* history, int
   return true;
 }
 
-// The maximum of each lane of each group; NaN where the lane has NaN or +inf.
-void find_maxima(const float* x, int64_t n, float* maxima) {
-  for (int64_t g = 0; g < groups_of(n); ++g) {
-    const int64_t end = least((g + 1) * kGroup, n);
-    vf best = broadcast(-kInfinity);
+// The maximum of each lane of the groups; NaN where the lane has NaN or +inf.
+void find_maxima(const float* x, int64_t n, Range groups, float* maxima) {
+  alignas(64) float padded[kGroup];
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
+    const float* const group = group_of(x, n, g, padded);
+    vf best[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
     vi fine = ~vi{};
-    for (int64_t i = g * kGroup; i < end; i += kLanes) {
-      const vf v = load_until(x, i, end, -kInfinity);
-      fine &= v < kInfinity;
-      best = v > best ? v : best;
+    for (int64_t i = 0; i < kGroup; i += 2 * kLanes) {
+      const vf v = load(group + i), w = load(group + i + kLanes);
+      fine &= (v < kInfinity) & (w < kInfinity);
+      best[0] = v > best[0] ? v : best[0];
+      best[1] = w > best[1] ? w : best[1];
     }
-    store(maxima + g * kLanes, select(fine, best, broadcast(__builtin_nanf(""))));
+    store(maxima + g * kLanes, select(fine, max(best[0], best[1]), broadcast(__builtin_nanf(""))));
   }
 }
 
@@ -188,66 +205,39 @@ int64_t keep_top_k(const float* x, int64_t n, float maximum, int64_t k, const Sc
   return kept;
 }
 
-// Adding 1.5 * 2^23 rounds a float to an integer, half to even, and leaves it in the low bits.
-constexpr float kRound = 0x1.8p23f;
-
-// 2^y for -40 <= y <= 0. The exponent is added as an integer.
-FASTLM_INLINE vf exp2(vf y) {
-  const vf rounded = y + kRound;
-  const vf f = y - (rounded - kRound);
-  vf p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
-  p = p * f + 0x1.c6b752p-5f;
-  p = p * f + 0x1.ebf9bcp-3f;
-  p = p * f + 0x1.62e42ap-1f;
-  p = p * f + 1.0f;
-  return (vf)((vu)p + ((vu)rounded << 23));
-}
-
-// The sum of weights, e * 2^38 rounded half to even. Adding 16 leaves e in units of 2^-19 in the low bits; adding
-// 1.5 * 2^-15 to what that rounded off leaves the rest in units of 2^-38. The constants' own bits are taken off at the
-// end; up to 2^12 additions cannot overflow.
-struct WeightSum {
-  vu high{}, low{};
-  uint32_t additions = 0;
-
-  __attribute__((always_inline)) void add(vf e) {
-    const vf coarse = e + 16.0f;
-    const vf fine = (e - (coarse - 16.0f)) + 0x1.8p-15f;
-    high += (vu)coarse;
-    low += (vu)fine;
-    ++additions;
-  }
-  __attribute__((always_inline)) int64_t total() const {
-    const uint32_t count = additions * kLanes;
-    const uint32_t coarse = reduce_add(high) - count * bits_of(16.0f);
-    const int32_t fine = int32_t(reduce_add(low) - count * bits_of(0x1.8p-15f));
-    return (int64_t(coarse) << 19) + fine;
-  }
-};
-
-int64_t weight_of(float e) {
-  const double rounded = double(e) * 0x1p38 + 0x1.8p52;
-  int64_t bits;
-  std::memcpy(&bits, &rounded, 8);
-  return bits - 0x4338000000000000;
-}
-
-// Relative probabilities and the groups' sums of weights; returns their total.
-int64_t weigh(const float* x, int64_t n, float maximum, float scale, const Scratch& s) {
-  int64_t total = 0;
-  for (int64_t g = 0; g < groups_of(n); ++g) {
-    const int64_t end = least((g + 1) * kGroup, n);
+// Relative probabilities and the sums of weights of the groups.
+void weigh(const float* x, int64_t n, Range groups, float maximum, float scale, const Scratch& s) {
+  alignas(64) float padded[kGroup];
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
+    const float* const group = group_of(x, n, g, padded);
     WeightSum sum;
-    for (int64_t i = g * kGroup; i < end; i += kLanes) {
-      vf y = (load_until(x, i, end, -kInfinity) - maximum) * scale;
+    for (int64_t i = 0; i < kGroup; i += kLanes) {
+      vf y = (load(group + i) - maximum) * scale;
       y = y > -40.0f ? y : broadcast(-40.0f);
       const vf e = exp2(y);
-      store(s.e + i, e);
+      store(s.e + g * kGroup + i, e);
       sum.add(e);
     }
     s.sums[g] = sum.total();
-    total += s.sums[g];
   }
+}
+
+// The same, nearly.
+void weigh_nearly(const float* x, int64_t n, Range groups, float maximum, float scale, const Scratch& s) {
+  alignas(64) float padded[kGroup];
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
+    const float* const group = group_of(x, n, g, padded);
+    s.sums[g] = near_sum([&](int64_t i) {
+      const vf e = near_exp2((load(group + i) - maximum) * scale);
+      store(s.e + g * kGroup + i, e);
+      return e;
+    });
+  }
+}
+
+int64_t total_of(int64_t n, const Scratch& s) {
+  int64_t total = 0;
+  for (int64_t g = 0; g < groups_of(n); ++g) total += s.sums[g];
   return total;
 }
 
@@ -261,10 +251,9 @@ struct Prefix {
   float threshold(int64_t i) const { return i < index || e < 0 ? e : float_of(bits_of(e) + 1); }
 };
 
-// Reduces the groups' sums to the weights within the prefix, itself within the one they are of; returns their total.
-int64_t sum_prefix(const Prefix& prefix, int64_t n, const Scratch& s) {
-  int64_t total = 0;
-  for (int64_t g = 0; g < groups_of(n); ++g) {
+// Reduces the groups' sums to the weights within the prefix, itself within the one they are of.
+void sum_prefix(const Prefix& prefix, int64_t n, Range groups, const Scratch& s) {
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
     if (s.sums[g] == 0) continue;
     const int64_t begin = g * kGroup, end = least(begin + kGroup, n);
     const auto add = [&](WeightSum& sum, int64_t from, int64_t to, vf threshold) {
@@ -285,22 +274,51 @@ int64_t sum_prefix(const Prefix& prefix, int64_t n, const Scratch& s) {
       add(sum, turn + kLanes, end, broadcast(prefix.threshold(end)));
     }
     s.sums[g] = sum.total();
-    total += s.sums[g];
   }
-  return total;
 }
 
+struct Found {
+  int64_t index;
+  int64_t group_sum;
+  int64_t slack;  // how much more or less of the target would have found the same
+};
+
 // The first element at which the running sum of weights within the prefix exceeds the target.
-int64_t find(const Prefix& prefix, int64_t n, int64_t target, const Scratch& s) {
+Found find(const Prefix& prefix, int64_t n, int64_t target, const Scratch& s) {
   int64_t g = 0;
   for (; target >= s.sums[g]; ++g) target -= s.sums[g];
   const int64_t end = least((g + 1) * kGroup, n);
   int64_t i = g * kGroup;
-  for (; i < end - 1; ++i) {
-    if (prefix.has(s.e[i], i)) target -= weight_of(s.e[i]);
-    if (target < 0) break;
+  for (; i + kLanes < end; i += kLanes) {
+    const vf e = load(s.e + i);
+    vi within = e > prefix.e;
+    if (i < prefix.index) {
+      vi lane;
+      for (int j = 0; j < kLanes; ++j) lane[j] = j;
+      within |= (e == prefix.e) & (lane < int32_t(least(prefix.index - i, kLanes)));
+    }
+    WeightSum sum;
+    sum.add(select(within, e, vf{}));
+    const int64_t weight = sum.total();
+    if (target < weight) break;
+    target -= weight;
   }
-  return i;
+  for (;; ++i) {
+    const int64_t weight = prefix.has(s.e[i], i) ? weight_of(s.e[i]) : 0;
+    if (target < weight || i == end - 1) return {i, s.sums[g], least(target, weight - 1 - target)};
+    target -= weight;
+  }
+}
+
+// The part `random` / 2^64 of the total.
+int64_t target_of(uint64_t random, int64_t total) {
+  return int64_t((static_cast<unsigned __int128>(random) * uint64_t(total)) >> 64);
+}
+
+// What the tokens that top_p keeps weigh at least.
+int64_t wanted_of(double top_p, int64_t total) {
+  const auto share53 = static_cast<unsigned __int128>(__builtin_nearbyint(top_p * 0x1p53));
+  return int64_t((share53 * uint64_t(total) + ((uint64_t{1} << 53) - 1)) >> 53);
 }
 
 float scale_of(double temperature) {
@@ -308,58 +326,107 @@ float scale_of(double temperature) {
   return float(scale < double(FLT_MIN) ? double(FLT_MIN) : scale > double(FLT_MAX) ? double(FLT_MAX) : scale);
 }
 
+// What `draw` returns where near weights decide it; else -1.
+int64_t draw_nearly(const float* x, int64_t n, float maximum, const Options& o, const Scratch& s, const Crew& crew) {
+  const Range groups = crew.groups(n);
+  weigh_nearly(x, n, groups, maximum, scale_of(o.temperature), s);
+  crew.meet();
+  const int64_t total = total_of(n, s);
+  const Found drawn = find({}, n, target_of(random64(o.seed, o.sequence, o.position, 0), total), s);
+  // The target and the sum up to a token are off by the error of what lies below times 1 - r and of what lies above
+  // times r, the target being the part r of the total: half the total's at most, and in the token's group, of which
+  // one part was summed by element and all of it as one, at most that group's twice over.
+  const double tolerance = kNearError * (0.5 * double(total) + 2 * double(drawn.group_sum)) + 2 * double(n);
+  if (double(drawn.slack) <= tolerance) return -1;
+  if (o.top_p >= 1) return drawn.index;
+  // At least what has the token's probability or more.
+  const vf threshold = broadcast(s.e[drawn.index] * (1 - 0x1p-20f));
+  int64_t sum = 0;
+  for (int64_t g = groups.begin; g < groups.end; ++g)
+    sum += near_sum([&](int64_t i) {
+      const vf e = load(s.e + g * kGroup + i);
+      return select(e >= threshold, e, vf{});
+    });
+  s.keys[crew.thread] = uint64_t(sum);
+  crew.meet();
+  int64_t ahead = -weight_of(s.e[drawn.index]);
+  for (int thread = 0; thread < crew.threads; ++thread) ahead += int64_t(s.keys[thread]);
+  const auto room = double(wanted_of(o.top_p, total) - ahead);
+  return room > kNearError * 2 * double(total) + 4 * double(n) ? drawn.index : -1;
+}
+
 // An element of x, drawn by the weights of those that top_p and min_p keep.
-int64_t draw(const float* x, int64_t n, float maximum, const Options& o, const Scratch& s) {
-  int64_t total = weigh(x, n, maximum, scale_of(o.temperature), s);
-  int64_t wanted = INT64_MAX;
-  if (o.top_p < 1) {
-    const auto share53 = static_cast<unsigned __int128>(__builtin_nearbyint(o.top_p * 0x1p53));
-    wanted = int64_t((share53 * uint64_t(total) + ((uint64_t{1} << 53) - 1)) >> 53);
+int64_t draw(const float* x, int64_t n, float maximum, const Options& o, const Scratch& s, const Crew& crew) {
+  if (n >= kNearFrom && o.min_p == 0) {
+    const int64_t drawn = draw_nearly(x, n, maximum, o, s, crew);
+    if (drawn >= 0) return drawn;
+    crew.meet();  // before what all have read is written
   }
+  const Range groups = crew.groups(n);
+  weigh(x, n, groups, maximum, scale_of(o.temperature), s);
+  crew.meet();
+  int64_t total = total_of(n, s);
+  const int64_t wanted = o.top_p < 1 ? wanted_of(o.top_p, total) : INT64_MAX;
   Prefix prefix;
-  if (o.min_p > 0) {
-    prefix = {o.min_p, n};
-    total = sum_prefix(prefix, n, s);
-  }
+  const auto narrow = [&](const Prefix& to) {
+    prefix = to;
+    crew.meet();
+    sum_prefix(prefix, n, groups, s);
+    crew.meet();
+    total = total_of(n, s);
+  };
+  if (o.min_p > 0) narrow({o.min_p, n});
   for (uint32_t lane = 0;; ++lane) {
-    const uint64_t random = random64(o.seed, o.sequence, o.position, lane);
-    const auto target = int64_t((static_cast<unsigned __int128>(random) * uint64_t(total)) >> 64);
-    const int64_t drawn = find(prefix, n, target, s);
+    const int64_t target = target_of(random64(o.seed, o.sequence, o.position, lane), total);
+    const int64_t drawn = find(prefix, n, target, s).index;
     if (o.top_p >= 1) return drawn;
-    prefix = {s.e[drawn], drawn};
-    total = sum_prefix(prefix, n, s);
+    narrow({s.e[drawn], drawn});
     if (total < wanted || total == 0) return drawn;
   }
 }
 
-// The row's token, or -1.
-int64_t sample_row(const SampleArgs& a, int64_t row, const Scratch& s) {
+// The row's token, or -1; on the crew's first thread.
+int64_t sample_row(const SampleArgs& a, int64_t row, const Scratch& s, const Crew& crew) {
   const Options o = options_of(a, row);
   const float* x = a.logits + row * a.row_stride;
   const int64_t n = a.vocab;
   const int64_t* history = a.history == nullptr ? nullptr : a.history + row * a.history_stride;
   if (a.bias != nullptr || (history != nullptr && o.penalised())) {
     const float* bias = a.bias == nullptr ? nullptr : a.bias + row * a.bias_stride;
-    if (!process(x, bias, history, n, o, s)) return -1;
+    if (crew.thread == 0) s.sums[0] = process(x, bias, history, n, o, s);
+    crew.meet();
+    if (!s.sums[0]) return -1;
     x = s.logits;
   }
-  find_maxima(x, n, s.maxima);
+  find_maxima(x, n, crew.groups(n), s.maxima);
+  crew.meet();
   const float maximum = maximum_of(s.maxima, groups_of(n));
   if (!(maximum > -kInfinity)) return -1;
+  if (o.temperature != 0 && (o.top_k == 0 || o.top_k >= n)) return draw(x, n, maximum, o, s, crew);
+  if (crew.thread > 0) return -1;
   if (o.temperature == 0) return first_maximum(x, n, maximum, s.maxima);
-  if (o.top_k == 0 || o.top_k >= n) return draw(x, n, maximum, o, s);
   const int64_t kept = keep_top_k(x, n, maximum, o.top_k, s);
-  return s.ids[draw(s.logits, kept, maximum, o, s)];
+  Barrier alone(1);
+  return s.ids[draw(s.logits, kept, maximum, o, s, {0, 1, alone})];
 }
 
 }  // namespace
 
 int64_t sample(const SampleArgs& args) {
-  const int threads = int(least(args.threads, args.batch));
-  parallel(threads, [&](int thread, int team, Barrier&) {
-    const Range rows = share(args.batch, thread, team);
-    const Scratch scratch = scratch_of(args, thread);
-    for (int64_t row = rows.begin; row < rows.end; ++row) args.tokens[row] = sample_row(args, row, scratch);
+  const bool large = args.vocab >= 2 * kThreadFrom;
+  const int64_t work = large ? args.batch * (args.vocab / kThreadFrom) : args.batch;
+  parallel(int(least(args.threads, work)), [&](int thread, int team, Barrier& barrier) {
+    Barrier alone(1);
+    const int64_t together = large ? args.batch % team : 0;
+    const Range rows = share(args.batch - together, thread, team);
+    const Scratch own = scratch_of(args, thread), first = scratch_of(args, 0);
+    for (int64_t row = rows.begin; row < rows.end; ++row)
+      args.tokens[row] = sample_row(args, row, own, {0, 1, alone});
+    for (int64_t row = args.batch - together; row < args.batch; ++row) {
+      if (team > 1) barrier.wait();  // the scratch may be in use
+      const int64_t token = sample_row(args, row, first, {thread, team, barrier});
+      if (thread == 0) args.tokens[row] = token;
+    }
   });
   return agree([&]() -> int64_t {
     for (int64_t row = 0; row < args.batch; ++row)

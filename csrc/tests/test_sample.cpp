@@ -105,6 +105,72 @@ FASTLM_TEST(sample_same_tokens_at_every_level_and_thread_count) {
   CHECK(hash == 0x87A157928D764A57);
 }
 
+FASTLM_TEST(sample_rows_shared_by_threads) {
+  for (const int64_t vocab : {32767, 32768, 50257})
+    for (const int64_t batch : {1, 2, 3})
+      for (int options = 0; options < 16; ++options) {
+        Case alone(batch, vocab, 1), crew(batch, vocab, 3);
+        for (Case* c : {&alone, &crew}) {
+          if (options & 1) c->args.top_p.value = 0.5;
+          if (options & 2) c->args.top_k.value = 200;
+          if (options & 4) c->args.min_p.value = 0.001;
+          if (options & 8) c->args.bias = c->bias.data();
+        }
+        CHECK(alone.run() == -1 && crew.run() == -1);
+        CHECK(alone.tokens == crew.tokens);
+        alone.logits.back() = crew.logits.back() = kInfinity;
+        CHECK(alone.run() == batch - 1 && crew.run() == batch - 1);
+        alone.args.temperature.value = crew.args.temperature.value = 0;
+        alone.logits.back() = crew.logits.back() = 1e30f;
+        CHECK(alone.run() == -1 && crew.run() == -1);
+        CHECK(alone.tokens == crew.tokens && crew.tokens.back() == vocab - 1);
+      }
+}
+
+// Draws where near weights decide are to be those of exact ones, which a min_p below every weight asks for. What is
+// varied here, until the exact token changes from one value to the next, brings the draw as close to a boundary as
+// floats allow: there the near weights' error would show.
+template <typename Vary>
+static void check_at_boundaries(Case& c, double low, double high, const Vary& vary) {
+  const auto token = [&](double value, bool exact) {
+    vary(value);
+    c.args.min_p.value = exact ? 0x1p-40 : 0;
+    CHECK(c.run() == -1);
+    return c.tokens[0];
+  };
+  const int64_t last = token(high, true);
+  if (token(low, true) == last) return;
+  for (int step = 0; step < 60; ++step) {
+    const double middle = low + (high - low) / 2;
+    CHECK(token(middle, false) == token(middle, true));
+    (token(middle, true) == last ? high : low) = middle;
+  }
+  for (const double value : {low, high, low * (1 - 1e-7), high * (1 + 1e-7), low * (1 - 1e-6), high * (1 + 1e-6)})
+    CHECK(token(value, false) == token(value, true));
+}
+
+FASTLM_TEST(sample_near_weights_never_decide_wrongly) {
+  for (const int64_t vocab : {1024, 3001})
+    for (int seed = 0; seed < 40; ++seed) {
+      Case c(1, vocab);
+      c.args.seed.value = seed;
+      c.args.temperature.value = seed % 2 ? 1 : 8;
+      const int64_t moved = vocab / (1 + seed % 5) - 1;
+      check_at_boundaries(c, 1, 12, [&](double value) { c.logits[moved] = float(value); });
+      check_at_boundaries(c, 0.01, 0.99, [&](double value) { c.args.top_p.value = value; });
+    }
+  Case flat(1, 40000);
+  for (float& x : flat.logits) x *= 0x1p-10f;
+  for (int seed = 0; seed < 1000; ++seed) {
+    flat.args.seed.value = seed;
+    flat.args.min_p.value = 0;
+    CHECK(flat.run() == -1);
+    const int64_t token = flat.tokens[0];
+    flat.args.min_p.value = 0x1p-40;
+    CHECK(flat.run() == -1 && flat.tokens[0] == token);
+  }
+}
+
 FASTLM_TEST(sample_narrow_filters_leave_the_largest) {
   for (const int64_t vocab : {1, 2, 31, 64, 513, 5000}) {
     for (int filter = 0; filter < 4; ++filter) {

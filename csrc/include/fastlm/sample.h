@@ -1,5 +1,5 @@
 // Drawing one token per row of logits. fastlm/reference/sample.py is the specification: same token, whatever the
-// instruction-set level, batch size or thread count. Rows are shared between threads.
+// instruction-set level, batch size or thread count. Threads share the rows, and large rows one by one.
 #pragma once
 
 #include <cstddef>
