@@ -7,9 +7,8 @@
 // on the sequence alone.
 #include "fastlm/attention_decode.h"
 
-#include <utility>
-
 #include "convert.h"
+#include "reduce.h"
 #include "simd_math.h"
 #include "threads.h"
 
@@ -74,25 +73,6 @@ static inline Pass make_pass(const AttentionDecode& a, int64_t first) {
     pass.span = larger(pass.span, pass.keys_before(b, pass.chunk_count(b)));
   }
   return pass;
-}
-
-// Lanes whose number has the bit W take y's sum with the lane W before, the others x's with the lane W behind. One
-// shuffle and one blend: shuffles have one port.
-template <int W, int... I>
-FASTLM_INLINE vf fold(vf x, vf y, std::integer_sequence<int, I...>) {
-  const vi mine = {(I & W ? -1 : 0)...};
-  return (mine != 0 ? y : x) + __builtin_shufflevector(x, y, (I & W ? I - W + kLanes : I + W)...);
-}
-// Lane i of the result is the sum of x[i]'s lanes, for kLanes vectors.
-template <int W = kLanes / 2>
-FASTLM_INLINE vf reduce_each(const vf* x) {
-  if constexpr (W == 0) {
-    return x[0];
-  } else {
-    vf half[W];
-    for (int i = 0; i < W; ++i) half[i] = fold<W>(x[i], x[i + W], std::make_integer_sequence<int, kLanes>());
-    return reduce_each<W / 2>(half);
-  }
 }
 
 // kLanes features of a key or value as floats, and the first n of them.

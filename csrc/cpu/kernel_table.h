@@ -68,10 +68,9 @@
   X(void, lstm_backward, (const LstmBackward& a), (a))                              \
   X(int64_t, lstm_backward_scratch, (const LstmBackward& a), (a))                   \
   X(void, variant_forward, (const VariantForward& a), (a))                          \
-  X(int64_t, variant_forward_scratch, (int64_t g, int64_t n, int64_t b, int64_t h, bool norm, bool save), \
-    (g, n, b, h, norm, save))                                                       \
+  X(int64_t, variant_forward_scratch, (const VariantForward& a), (a))               \
   X(void, variant_backward, (const VariantBackward& a), (a))                        \
-  X(int64_t, variant_backward_scratch, (int64_t g, int64_t b, int64_t h, bool norm), (g, b, h, norm)) \
+  X(int64_t, variant_backward_scratch, (const VariantBackward& a), (a))             \
   X(void, lstm_cell, (const LstmCell& a), (a))                                      \
   X(void, recurrent_forward, (const RecurrentForward& a), (a))                      \
   X(int64_t, recurrent_forward_scratch, (const RecurrentForward& a), (a))           \

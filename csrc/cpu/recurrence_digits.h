@@ -179,11 +179,14 @@ class GradientDigits {
   // The own units' gradients of a step as digits, from grads [rows, gates * hidden], of which each thread has written
   // its own. Afterwards, behind a barrier, all of them are there.
   void put(const float* grads, int64_t rows, Range units, int thread, int threads, Barrier& barrier) const {
-    const int64_t width = gates_ * hidden_, high = units.end < hidden_ ? units.end : hidden_;
+    put({grads, nullptr, rows, gates_ * hidden_}, rows, units, thread, threads, barrier);
+  }
+  void put(const Rows& grads, int64_t rows, Range units, int thread, int threads, Barrier& barrier) const {
+    const int64_t high = units.end < hidden_ ? units.end : hidden_;
     for (int64_t i = 0; i < rows; ++i) {
       int32_t most = 0;
       for (int64_t gate = 0; gate < gates_ && units.begin < high; ++gate) {
-        const int32_t of_gate = largest_magnitude(grads + i * width + gate * hidden_ + units.begin, high - units.begin);
+        const int32_t of_gate = largest_magnitude(grads[i] + gate * hidden_ + units.begin, high - units.begin);
         most = of_gate > most ? of_gate : most;
       }
       largest_[thread * slot_ + i] = most;
@@ -197,14 +200,15 @@ class GradientDigits {
       units_[thread * slot_ + i] = by.unit;
       for (int64_t gate = 0; gate < gates_; ++gate)
         for (int64_t at = units.begin; at < high; at += kLanes)
-          put_digits(load_until(grads + i * width + gate * hidden_, at, hidden_, 0.0f), by.scale,
+          put_digits(load_until(grads[i] + gate * hidden_, at, hidden_, 0.0f), by.scale,
                      rows_.at(i, gate * (rows_.k / gates_) + at));
     }
   }
 
   // out += the rows' gradients times a panel of W_hh.
+  template <int V = 4, int Last = V - 1>
   void product(int64_t count, const uint8_t* panel, int thread, float* out, int64_t out_stride) const {
-    digit_product(rows_, {units_ + thread * slot_, nullptr, count, 1}, count, panel, out, out_stride);
+    digit_product<V, Last>(rows_, {units_ + thread * slot_, nullptr, count, 1}, count, panel, out, out_stride);
   }
   int64_t panel_bytes() const { return 4 * digit_column_block(rows_.k); }
 

@@ -9,32 +9,33 @@ namespace {
 template <int Gates>
 class Forward {
  public:
-  explicit Forward(const VariantForward& args) : a(args), norm_(args.variant.ln_ih != nullptr) {
+  explicit Forward(const VariantForward& args)
+      : a(args), norm_(args.variant.ln_ih != nullptr), digits_(kHasDigits && args.digits) {
     total_ = total_rows(a.batch_sizes, a.steps);
     panels_ = panels_for(a.hidden, kLanes);
     save_ = a.activated != nullptr;
-    const int64_t batch = a.batch_sizes[0];
-    gate_rows_ = save_ ? total_ : chunk_rows(batch);
+    const int64_t batch = a.batch_sizes[0], chunk = chunk_rows(batch, chunk_size());
+    gate_rows_ = save_ ? total_ : chunk;
     raw_rows_ = save_ ? total_ : batch;
     float* scratch = a.scratch;
-    const auto take = [&scratch](int64_t floats) { return (scratch += floats) - floats; };
-    gates_ = save_ ? a.activated : take(panels_ * gate_rows_ * kPanel);
-    if (!norm_) return;
-    raw_ = save_ ? a.raw_hh : take(panels_ * batch * kWeights);
-    of_x_ = take(PanelSums::size(gate_rows_, panels_));
-    of_h_ = take(PanelSums::size(batch, panels_));
-    if (!kLstm) return;
-    of_c_ = take(PanelSums::size(batch, panels_));
-    new_c_ = take(batch * padded(a.hidden));
+    gates_ = save_ ? a.activated : take_floats(scratch, panels_ * gate_rows_ * kPanel);
+    if (digits_) {
+      input_parts_ = InputParts(scratch, chunk, a.inputs);
+      states_ = GradientDigits(scratch, batch, 1, a.hidden, a.threads);
+    }
+    if (norm_) {
+      raw_ = save_ ? a.raw_hh : take_floats(scratch, panels_ * batch * kWeights);
+      of_x_ = PanelSums(scratch, gate_rows_, panels_, kWeights, Gates * a.hidden);
+      of_h_ = PanelSums(scratch, batch, panels_, kWeights, Gates * a.hidden);
+    }
+    if (norm_ && kLstm) {
+      of_c_ = PanelSums(scratch, batch, panels_, kLanes, a.hidden);
+      new_c_ = take_floats(scratch, batch * padded(a.hidden));
+    }
+    scratch_ = scratch - a.scratch;
   }
-  // As in the constructor.
-  static int64_t scratch(int64_t rows, int64_t batch, int64_t hidden, bool norm, bool save) {
-    const int64_t panels = panels_for(hidden, kLanes), gate_rows = save ? rows : chunk_rows(batch);
-    int64_t floats = save ? 0 : panels * gate_rows * kPanel;
-    if (norm && !save) floats += panels * batch * kWeights;
-    if (norm) floats += PanelSums::size(gate_rows + batch, panels);
-    return norm && kLstm ? floats + PanelSums::size(batch, panels) + batch * padded(hidden) : floats;
-  }
+
+  int64_t scratch() const { return scratch_; }
 
   int threads() const {
     return useful_threads(a.threads, total_ / a.steps * Gates * a.hidden * a.hidden, panels_);
@@ -43,95 +44,116 @@ class Forward {
   void run(int thread, int threads, Barrier& barrier) {
     const Range own = share(panels_, thread, threads);
     const auto base = [&](int64_t low) { return save_ ? 0 : low; };  // the row that gates_ begins with
-    const PanelSums of_x(of_x_, panels_, kWeights, Gates * a.hidden), of_h(of_h_, panels_, kWeights, Gates * a.hidden),
-        of_c(of_c_, panels_, kLanes, a.hidden);
+    DigitTiles tiles;
     const auto inputs = [&](int64_t low, int64_t high) {
-      for (int64_t u = own.begin; u < own.end; ++u) input_panel(u, low, high, base(low), of_x);
+      if (digits_) {
+        input_parts_.put(a.input + low * a.inputs, share(high - low, thread, threads));
+        barrier.wait();
+        tiles.lost();
+      }
+      for (int64_t u = own.begin; u < own.end; ++u) input_panel(u, low, high, base(low));
     };
     bool back = false;
-    walk_in_chunks(a.batch_sizes, a.steps, total_, a.reverse, inputs, [&](const Walk& step, int64_t low) {
-      const int64_t first = step.begin - base(low), raw_first = save_ ? step.begin : 0;
+    const auto take = [&](const Walk& step, int64_t low) {
+      if (digits_) {
+        // What is largest in a row of m h, however large, is found before the barrier at which h is ready.
+        states_.put(state_before(step, a.dropped != nullptr ? a.dropped : a.output, a.h0_dropped, a.hidden), step.rows(),
+                    {own.begin * kLanes, own.end * kLanes}, thread, threads, barrier);
+        tiles.set_rows(step.rows());
+        barrier.wait();
+      }
+      const int64_t first = step.begin - base(low), raw_first = save_ ? step.begin : 0, rows = step.rows();
       sweep(own, back, [&](int64_t u) {
         float* const gates = gates_ + (u * gate_rows_ + first) * kPanel;
-        if (norm_) return raw_panel(step, u, raw_ + (u * raw_rows_ + raw_first) * kWeights, of_h);
+        if (norm_) return raw_panel(step, u, raw_ + (u * raw_rows_ + raw_first) * kWeights, thread);
         // A GRU's h_n is apart from x_n, in the fourth vector: it is multiplied by r.
-        hidden_product<3>(step, u, gates, kPanel);
-        for (int64_t i = 0; i < step.rows(); ++i) {
+        hidden_product<3>(step, u, gates, kPanel, thread);
+        for (int64_t i = 0; i < rows; ++i) {
           const vf c = cell(step, i, u, gates + i * kPanel, load(gates + i * kPanel), load(gates + i * kPanel + kLanes),
                             load(gates + i * kPanel + 2 * kLanes), load(gates + i * kPanel + 3 * kLanes));
           if (kLstm) lstm_hidden(step, i, u, load(gates + i * kPanel + 3 * kLanes), c);
         }
       });
-      barrier.wait();
-      if (!norm_) return;
-      for (int64_t i = 0; i < step.rows(); ++i) {
-        const Moments x = of_x.moments(first + i), h = of_h.moments(i);
-        if (thread == 0) keep_moments(step.begin + i, 0, x), keep_moments(step.begin + i, 2, h);
-        for (int64_t u = own.begin; u < own.end; ++u) normed_cell(step, i, u, first, raw_first, x, h, of_c);
-      }
-      barrier.wait();
-      if (!kLstm) return;
-      for (int64_t i = 0; i < step.rows(); ++i) {
-        const Moments c = of_c.moments(i);
-        if (thread == 0) keep_moments(step.begin + i, 4, c);
-        for (int64_t u = own.begin; u < own.end; ++u) {
-          const int64_t at = u * kLanes;
-          const int n = lanes_left(a.hidden, at);
-          const vf normed = (load(new_c(i) + at) - c.mean) * c.scale * load_lanes(a.variant.ln_c + at, n) +
-                            load_or_zero(a.variant.ln_c_bias, at, n);
-          lstm_hidden(step, i, u, load(gates_ + (u * gate_rows_ + first + i) * kPanel + 3 * kLanes), normed);
+      if (norm_) {
+        barrier.wait();
+        for (int64_t i = 0; i < rows; i += kLanes) {
+          const int64_t count = rows - i < kLanes ? rows - i : kLanes;
+          const RowMoments x = of_x_.moments(first + i), h = of_h_.moments(i);
+          if (thread == 0) keep_moments(step.begin + i, count, 0, x), keep_moments(step.begin + i, count, 2, h);
+          for (int64_t u = own.begin; u < own.end; ++u) {
+            for (int64_t r = 0; r < count; ++r) normed_cell(step, i + r, u, first, raw_first, x[r], h[r]);
+            if (kLstm)
+              of_c_.set<1>(i, u, new_c(i) + u * kLanes, padded(a.hidden), count, lanes_left(a.hidden, u * kLanes));
+          }
         }
       }
-      barrier.wait();
-    });
+      if (norm_ && kLstm) {
+        barrier.wait();
+        for (int64_t i = 0; i < rows; i += kLanes) {
+          const int64_t count = rows - i < kLanes ? rows - i : kLanes;
+          const RowMoments c = of_c_.moments(i);
+          if (thread == 0) keep_moments(step.begin + i, count, 4, c);
+          for (int64_t u = own.begin; u < own.end; ++u)
+            for (int64_t r = 0; r < count; ++r) normed_hidden(step, i + r, u, first, c[r]);
+        }
+      }
+      if (!digits_) barrier.wait();
+    };
+    walk_in_chunks(a.batch_sizes, a.steps, total_, a.reverse, inputs, take, chunk_size());
   }
 
  private:
   static constexpr bool kLstm = Gates == 4;
   static constexpr int64_t kWeights = Gates * kLanes;  // columns of a panel of weights
 
+  int64_t chunk_size() const { return digits_ ? kDigitChunkRows : kChunkRows; }
   float* new_c(int64_t i) const { return new_c_ + i * padded(a.hidden); }
 
-  void keep_moments(int64_t row, int64_t which, Moments moments) const {
+  void keep_moments(int64_t row, int64_t count, int64_t which, const RowMoments& moments) const {
     if (a.stats == nullptr) return;
-    a.stats[which * total_ + row] = moments.mean;
-    a.stats[(which + 1) * total_ + row] = moments.scale;
+    store_lanes(a.stats + which * total_ + row, load(moments.mean), static_cast<int>(count));
+    store_lanes(a.stats + (which + 1) * total_ + row, load(moments.scale), static_cast<int>(count));
   }
 
-  void input_panel(int64_t u, int64_t low, int64_t high, int64_t base, const PanelSums& of_x) {
+  void input_panel(int64_t u, int64_t low, int64_t high, int64_t base) {
     float* gates = gates_ + (u * gate_rows_ + low - base) * kPanel;
     if (norm_)
       std::memset(gates, 0, (high - low) * kPanel * sizeof(float));
     else
       fill_bias(gates, a.bias + u * kPanel, high - low);
-    panel_product<Gates>({a.input + low * a.inputs, nullptr, high - low, a.inputs}, high - low,
-                         a.w_ih + u * a.inputs * kWeights, a.inputs, gates, kPanel);
+    if (digits_)
+      input_parts_.product<Gates, Gates - 1>(high - low, a.w_ih, u, gates);
+    else
+      panel_product<Gates>({a.input + low * a.inputs, nullptr, high - low, a.inputs}, high - low,
+                           static_cast<const float*>(a.w_ih) + u * a.inputs * kWeights, a.inputs, gates, kPanel);
     if (!norm_) return;
     const int n = lanes_left(a.hidden, u * kLanes);
-    for (int64_t row = low; row < high; ++row, gates += kPanel) {
-      of_x.set<Gates>(row - base, u, gates, n);
-      if (save_)
-        for (int v = 0; v < Gates; ++v)
-          store_lanes(a.raw_ih + (row * Gates + v) * a.hidden + u * kLanes, load(gates + v * kLanes), n);
-    }
+    of_x_.set<Gates>(low - base, u, gates, kPanel, high - low, n);
+    if (!save_) return;
+    for (int64_t row = low; row < high; ++row, gates += kPanel)
+      for (int v = 0; v < Gates; ++v)
+        store_lanes(a.raw_ih + (row * Gates + v) * a.hidden + u * kLanes, load(gates + v * kLanes), n);
   }
 
   // The last gate's product goes to the vector `Last`.
   template <int Last>
-  void hidden_product(const Walk& step, int64_t u, float* out, int64_t stride) {
+  void hidden_product(const Walk& step, int64_t u, float* out, int64_t stride, int thread) {
+    if (digits_)
+      return states_.product<Gates, Last>(
+          step.rows(), static_cast<const uint8_t*>(a.w_hh) + u * Gates * digit_column_block(a.hidden), thread, out,
+          stride);
     const Rows h = state_before(step, a.dropped != nullptr ? a.dropped : a.output, a.h0_dropped, a.hidden);
-    panel_product<Gates, Last>(h, step.rows(), a.w_hh + u * a.hidden * kWeights, a.hidden, out, stride);
+    panel_product<Gates, Last>(h, step.rows(), static_cast<const float*>(a.w_hh) + u * a.hidden * kWeights, a.hidden,
+                               out, stride);
   }
 
-  void raw_panel(const Walk& step, int64_t u, float* raw, const PanelSums& of_h) {
+  void raw_panel(const Walk& step, int64_t u, float* raw, int thread) {
     std::memset(raw, 0, step.rows() * kWeights * sizeof(float));
-    hidden_product<Gates - 1>(step, u, raw, kWeights);
-    for (int64_t i = 0; i < step.rows(); ++i)
-      of_h.set<Gates>(i, u, raw + i * kWeights, lanes_left(a.hidden, u * kLanes));
+    hidden_product<Gates - 1>(step, u, raw, kWeights, thread);
+    of_h_.set<Gates>(0, u, raw, kWeights, step.rows(), lanes_left(a.hidden, u * kLanes));
   }
 
-  void normed_cell(const Walk& step, int64_t i, int64_t u, int64_t first, int64_t raw_first, Moments x, Moments h,
-                   const PanelSums& of_c) {
+  void normed_cell(const Walk& step, int64_t i, int64_t u, int64_t first, int64_t raw_first, Moments x, Moments h) {
     float* const gates = gates_ + (u * gate_rows_ + first + i) * kPanel;
     const float* const raw = raw_ + (u * raw_rows_ + raw_first + i) * kWeights;
     vf of_x[Gates], of_h[Gates], bias[4];
@@ -141,13 +163,19 @@ class Forward {
     }
     for (int v = 0; v < 4; ++v) bias[v] = load(a.bias + u * kPanel + v * kLanes);
     const vf first_gate = of_x[0] + of_h[0] + bias[0], second = of_x[1] + of_h[1] + bias[1];
-    if constexpr (kLstm) {
+    if constexpr (kLstm)
       store(new_c(i) + u * kLanes, cell(step, i, u, gates, first_gate, second, of_x[2] + of_h[2] + bias[2],
                                         of_x[3] + of_h[3] + bias[3]));
-      of_c.set<1>(i, u, new_c(i) + u * kLanes, lanes_left(a.hidden, u * kLanes));
-    } else {
+    else
       cell(step, i, u, gates, first_gate, second, of_x[2] + bias[2], of_h[2] + bias[3]);
-    }
+  }
+
+  void normed_hidden(const Walk& step, int64_t i, int64_t u, int64_t first, Moments c) const {
+    const int64_t at = u * kLanes;
+    const int n = lanes_left(a.hidden, at);
+    const vf normed = (load(new_c(i) + at) - c.mean) * c.scale * load_lanes(a.variant.ln_c + at, n) +
+                      load_or_zero(a.variant.ln_c_bias, at, n);
+    lstm_hidden(step, i, u, load(gates_ + (u * gate_rows_ + first + i) * kPanel + 3 * kLanes), normed);
   }
 
   // From what the gates' nonlinearities take, of a GRU r's, z's, x_n and h_n; writes what the backward pass wants of
@@ -204,29 +232,34 @@ class Forward {
   }
 
   const VariantForward& a;
-  const bool norm_;
+  const bool norm_, digits_;
   bool save_;
   int64_t total_, panels_, gate_rows_, raw_rows_;  // gate_rows, raw_rows: of each panel of gates_ and raw_
-  float* gates_;           // [H/L][gate_rows][4][L]
-  float* raw_ = nullptr;   // [H/L][raw_rows][G][L], with layer normalisation, as all below: W_hh (m h)
-  float* new_c_ = nullptr;  // [B, padded H]: c~ of the step
-  float *of_x_ = nullptr, *of_h_ = nullptr, *of_c_ = nullptr;  // PanelSums' memory
+  float* gates_;             // [H/L][gate_rows][4][L]
+  float* raw_ = nullptr;     // [H/L][raw_rows][G][L], with layer normalisation, as new_c_ and the sums: W_hh (m h)
+  float* new_c_ = nullptr;   // [B, padded H]: c~ of the step
+  PanelSums of_x_, of_h_, of_c_;
+  InputParts input_parts_;   // of a chunk
+  GradientDigits states_;    // m h before the step: as gradients, it has no bound known beforehand
+  int64_t scratch_;          // floats in use
 };
 
-template <int Gates>
-void run(const VariantForward& args) {
-  Forward<Gates> layer(args);
-  parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+template <typename Run>
+auto with_layer(const VariantForward& args, const Run& run) {
+  return args.gates == 4 ? run(Forward<4>(args)) : run(Forward<3>(args));
 }
 
 }  // namespace
 
-int64_t variant_forward_scratch(int64_t gates, int64_t rows, int64_t batch, int64_t hidden, bool norm, bool save) {
-  return gates == 4 ? Forward<4>::scratch(rows, batch, hidden, norm, save)
-                    : Forward<3>::scratch(rows, batch, hidden, norm, save);
+int64_t variant_forward_scratch(const VariantForward& args) {
+  return with_layer(args, [](auto&& layer) { return layer.scratch(); });
 }
 
-void variant_forward(const VariantForward& args) { args.gates == 4 ? run<4>(args) : run<3>(args); }
+void variant_forward(const VariantForward& args) {
+  with_layer(args, [](auto&& layer) {
+    parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+  });
+}
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

@@ -9,26 +9,25 @@ namespace {
 template <int Gates>
 class Backward {
  public:
-  explicit Backward(const VariantBackward& args) : a(args), norm_(args.variant.ln_ih != nullptr) {
+  explicit Backward(const VariantBackward& args)
+      : a(args), norm_(args.variant.ln_ih != nullptr), digits_(kHasDigits && args.digits) {
     total_ = total_rows(a.batch_sizes, a.steps);
     stride_ = padded(a.hidden);
     panels_ = panels_for(a.hidden, kPanel);
     const int64_t rows = a.batch_sizes[0];
     float* scratch = a.scratch;
-    const auto take = [&scratch](int64_t floats) { return (scratch += floats) - floats; };
-    carry_ = take(rows * stride_);
-    kept_ = take(rows * stride_);
-    if (!norm_) return;
-    of_gates_ = take(PanelSums::size(rows, panels_));
-    if (!kLstm) return;
-    of_c_ = take(PanelSums::size(rows, panels_));
-    grad_c_normed_ = take(rows * stride_);
+    carry_ = take_floats(scratch, rows * stride_);
+    kept_ = take_floats(scratch, rows * stride_);
+    if (digits_) grads_ = GradientDigits(scratch, rows, Gates, a.hidden, a.threads);
+    if (norm_) of_gates_ = PanelSums(scratch, rows, panels_, Gates * kPanel, Gates * a.hidden);
+    if (norm_ && kLstm) {
+      of_c_ = PanelSums(scratch, rows, panels_, kPanel, a.hidden);
+      grad_c_normed_ = take_floats(scratch, rows * stride_);
+    }
+    scratch_ = scratch - a.scratch;
   }
-  // As in the constructor.
-  static int64_t scratch(int64_t batch, int64_t hidden, bool norm) {
-    const int64_t sums = PanelSums::size(batch, panels_for(hidden, kPanel)), plane = batch * padded(hidden);
-    return 2 * plane + (norm ? sums : 0) + (norm && kLstm ? sums + plane : 0);
-  }
+
+  int64_t scratch() const { return scratch_; }
 
   int threads() const {
     return useful_threads(a.threads, total_ / a.steps * Gates * a.hidden * a.hidden, panels_);
@@ -37,9 +36,9 @@ class Backward {
   void run(int thread, int threads, Barrier& barrier) {
     const Range own = share(panels_, thread, threads);
     const int64_t batch = a.batch_sizes[0], width = a.hidden, wide = Gates * width;
-    const PanelSums of_c(of_c_, panels_, kPanel, width), of_gates(of_gates_, panels_, Gates * kPanel, wide);
     const float* const grad_raw = a.grad_raw_hh != nullptr ? a.grad_raw_hh : a.grad_gates;
     bool back = false;
+    DigitTiles tiles;
     copy_columns(own, batch, width, a.grad_h_n, width, carry_, stride_);
     if (kLstm) copy_columns(own, batch, width, a.grad_c_n, width, a.grad_c0, width);
     if (norm_) {
@@ -57,31 +56,38 @@ class Backward {
           if (a.previous != nullptr)
             copy_columns({p, p + 1}, 1, width, h_before[i], 0, a.previous + row.row * width, 0);
           if constexpr (kLstm)
-            norm_ ? of_c.set(i, p, cell_sums(row, p)) : plain_panel(row, p);
+            norm_ ? of_c_.set(i, p, cell_sums(row, p)) : plain_panel(row, p);
           else
-            norm_ ? of_gates.set(i, p, gru_panel(row, p)) : void(gru_panel(row, p));
+            norm_ ? of_gates_.set(i, p, gru_panel(row, p)) : void(gru_panel(row, p));
         }
-      barrier.wait();
       if (norm_) {
+        barrier.wait();
         if constexpr (kLstm) {
-          for (int64_t i = 0; i < step.rows(); ++i) {
-            const Moments means = of_c.means(i);
+          each_row(step, of_c_, [&](int64_t i, Moments means) {
             for (int64_t p = own.begin; p < own.end; ++p)
-              of_gates.set(i, p, gate_sums({step.begin + i, i, before[i]}, p, means));
-          }
+              of_gates_.set(i, p, gate_sums({step.begin + i, i, before[i]}, p, means));
+          });
           barrier.wait();
         }
-        for (int64_t i = 0; i < step.rows(); ++i) {
-          const Moments means = of_gates.means(i);
+        each_row(step, of_gates_, [&](int64_t i, Moments means) {
           for (int64_t p = own.begin; p < own.end; ++p) raw_panel(step.begin + i, p, means);
-        }
-        barrier.wait();
+        });
       }
+      const float* const grads = grad_raw + step.begin * wide;
+      if (digits_) {
+        grads_.put(grads, step.rows(), {own.begin * kPanel, own.end * kPanel}, thread, threads, barrier);
+        tiles.set_rows(step.rows());
+      }
+      barrier.wait();
       sweep(own, back, [&](int64_t p) {
         float* const carry = carry_ + p * kPanel;
         for (int64_t i = 0; i < step.rows(); ++i) std::memset(carry + i * stride_, 0, kPanel * sizeof(float));
-        panel_product({grad_raw + step.begin * wide, nullptr, step.rows(), wide}, step.rows(),
-                      a.w_hh + p * wide * kPanel, wide, carry, stride_);
+        if (digits_)
+          grads_.product(step.rows(), static_cast<const uint8_t*>(a.w_hh) + p * grads_.panel_bytes(), thread, carry,
+                         stride_);
+        else
+          panel_product({grads, nullptr, step.rows(), wide}, step.rows(),
+                        static_cast<const float*>(a.w_hh) + p * wide * kPanel, wide, carry, stride_);
         for (int64_t i = 0; i < step.rows(); ++i) add_kept(i, p);
       });
     }
@@ -95,6 +101,13 @@ class Backward {
     int64_t row, i;       // of all rows, and of the step's
     const float* before;  // [H]: the state before the step, c of an LSTM, h of a GRU
   };
+  template <typename Visit>
+  static void each_row(const Walk& step, const PanelSums& sums, const Visit& visit) {
+    for (int64_t i = 0; i < step.rows(); i += kLanes) {
+      const RowMoments means = sums.means(i);
+      for (int64_t r = 0; r < kLanes && i + r < step.rows(); ++r) visit(i + r, means[r]);
+    }
+  }
   template <typename Visit>
   FASTLM_MEMBER void vectors(int64_t p, const Visit& visit) const {
     for (int64_t at = p * kPanel; at < (p + 1) * kPanel && at < a.hidden; at += kLanes)
@@ -235,27 +248,31 @@ class Backward {
   }
 
   const VariantBackward& a;
-  const bool norm_;
-  int64_t total_, panels_, stride_;
+  const bool norm_, digits_;
+  int64_t total_, panels_, stride_, scratch_;
   float* carry_;  // [B, stride], as all of these: dh
   float* kept_;   // what of it goes to the h before past the gates
-  float* grad_c_normed_ = nullptr;               // the gradient of N(c~) times the gain
-  float *of_c_ = nullptr, *of_gates_ = nullptr;  // PanelSums' memory
+  float* grad_c_normed_ = nullptr;  // the gradient of N(c~) times the gain
+  PanelSums of_c_, of_gates_;
+  GradientDigits grads_;
 };
 
-template <int Gates>
-void run(const VariantBackward& args) {
-  Backward<Gates> layer(args);
-  parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+template <typename Run>
+auto with_layer(const VariantBackward& args, const Run& run) {
+  return args.gates == 4 ? run(Backward<4>(args)) : run(Backward<3>(args));
 }
 
 }  // namespace
 
-int64_t variant_backward_scratch(int64_t gates, int64_t batch, int64_t hidden, bool norm) {
-  return gates == 4 ? Backward<4>::scratch(batch, hidden, norm) : Backward<3>::scratch(batch, hidden, norm);
+int64_t variant_backward_scratch(const VariantBackward& args) {
+  return with_layer(args, [](auto&& layer) { return layer.scratch(); });
 }
 
-void variant_backward(const VariantBackward& args) { args.gates == 4 ? run<4>(args) : run<3>(args); }
+void variant_backward(const VariantBackward& args) {
+  with_layer(args, [](auto&& layer) {
+    parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
+  });
+}
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

@@ -144,6 +144,7 @@ class Addresses {
   explicit Addresses(std::map<std::string, address> given) : given_(std::move(given)) {}
   operator const float*() { return take(); }
   operator float*() { return take(); }
+  operator const void*() { return take(); }
   Addresses& operator[](const char* name) {
     name_ = name;
     return *this;
@@ -171,41 +172,40 @@ RecurrentVariant variant_of(Addresses& t, int64_t zoneout_stride) {
 
 void run_variant_forward(int64_t gates, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
                          int64_t inputs, int64_t hidden, bool reverse, int64_t zoneout_stride,
-                         std::map<std::string, address> tensors, int threads) {
+                         std::map<std::string, address> tensors, int threads, bool digits) {
   refuse_recording("variant_forward");
   check_batch_sizes(batch_sizes, rows, batch);
   check(gates == 3 || gates == 4, "variant_forward: gates must be 3 or 4");
   check(inputs >= 1 && hidden >= 1, "variant_forward: sizes must be positive");
+  check(!digits || digit_tiles(), "variant_forward: this processor, or this level, has no tiles of int8");
   Addresses t(std::move(tensors));
   VariantForward args = {gates, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
                          variant_of(t, zoneout_stride), t["input"], t["w_ih"], t["w_hh"], t["bias"], t["h0"], t["c0"],
                          t["h0_dropped"], reverse, t["output"], t["h_n"], t["c_n"], t["dropped"], t["activated"],
-                         t["cells"], t["raw_ih"], t["raw_hh"], t["stats"], nullptr, threads};
+                         t["cells"], t["raw_ih"], t["raw_hh"], t["stats"], nullptr, threads, digits};
   t.check_all_known();
-  const int64_t floats = variant_forward_scratch(gates, rows, batch, hidden, args.variant.ln_ih != nullptr,
-                                                 args.activated != nullptr);
-  args.scratch = static_cast<float*>(scratch(floats * sizeof(float)));
+  args.scratch = static_cast<float*>(scratch(variant_forward_scratch(args) * sizeof(float)));
   py::gil_scoped_release unlocked;
   variant_forward(args);
 }
 
 void run_variant_backward(int64_t gates, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
                           int64_t hidden, bool reverse, int64_t zoneout_stride, std::map<std::string, address> tensors,
-                          int threads) {
+                          int threads, bool digits) {
   refuse_recording("variant_backward");
   check_batch_sizes(batch_sizes, rows, batch);
   check(gates == 3 || gates == 4, "variant_backward: gates must be 3 or 4");
   check(hidden >= 1, "variant_backward: sizes must be positive");
+  check(!digits || digit_tiles(), "variant_backward: this processor, or this level, has no tiles of int8");
   Addresses t(std::move(tensors));
   VariantBackward args = {
       gates, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), hidden, variant_of(t, zoneout_stride),
       t["w_hh"], t["h0"], t["h0_dropped"], t["c0"], reverse, t["output"], t["dropped"], t["activated"], t["cells"],
       t["raw_hh"], t["stats"], t["grad_output"], t["grad_h_n"], t["grad_c_n"], t["grad_gates"], t["grad_raw_hh"],
       t["grad_ln_hh"], t["grad_b_hn"], t["grad_ln_c"], t["grad_ln_c_bias"], t["previous"], t["grad_h0"], t["grad_c0"],
-      nullptr, threads};
+      nullptr, threads, digits};
   t.check_all_known();
-  const int64_t floats = variant_backward_scratch(gates, batch, hidden, args.variant.ln_ih != nullptr);
-  args.scratch = static_cast<float*>(scratch(floats * sizeof(float)));
+  args.scratch = static_cast<float*>(scratch(variant_backward_scratch(args) * sizeof(float)));
   py::gil_scoped_release unlocked;
   variant_backward(args);
 }

@@ -134,7 +134,22 @@ double distance(const Floats& a, const double* b) {
   return largest;
 }
 
-void is_right(const Layer& l) {
+// Memory on a boundary of 64 bytes, as tiles need.
+struct Aligned {
+  std::vector<uint8_t> bytes;
+  void* data;
+  explicit Aligned(int64_t n) : bytes(n + 63, 0xff) {
+    data = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
+  }
+};
+Aligned digits(const Floats& source, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n, int64_t gates,
+               int64_t groups) {
+  Aligned out(fastlm::packed_digits_size(k, n, gates, groups));
+  fastlm::pack_digits({source.data(), k, n, stride_k, stride_n, gates, groups, out.data, 2});
+  return out;
+}
+
+void is_right(const Layer& l, bool in_digits = false) {
   const int64_t G = l.gates, H = l.hidden, N = l.rows(), B = l.batch(), lanes = fastlm::simd_lanes();
   const int64_t units = (H + lanes - 1) / lanes * lanes, cells_of = G == 4 ? H : 0;
   const Floats bias = random(4 * H), h0 = random(B * H), c0 = random(B * cells_of);
@@ -146,6 +161,9 @@ void is_right(const Layer& l) {
   const fastlm::RecurrentVariant variant = {given(l.mask), given(l.zoneout_h), given(l.zoneout_c), 0,
                                             given(ln_ih),  given(ln_hh),       given(l.ln_c),      given(l.ln_c_bias)};
   const Doubles want = exact(l, {wide(bias), wide(h0), wide(c0)});
+  const Aligned ih = in_digits ? digits(l.w_ih, l.inputs, G * H, 1, l.inputs, G, 0) : Aligned(0),
+                hh = in_digits ? digits(l.w_hh, H, G * H, 1, H, G, 1) : Aligned(0),
+                across = in_digits ? digits(l.w_hh, G * H, H, H, 1, 0, G) : Aligned(0);
   Floats output, h_n, c_n, dropped, activated, cells, raw_ih, raw_hh, stats;
   for (int threads : {2, 1})
     for (bool save : {false, true}) {
@@ -155,11 +173,14 @@ void is_right(const Layer& l) {
       dropped = unwritten(l.noise ? N * H : 0), activated = unwritten(save ? N * 4 * units : 0);
       cells = unwritten(save ? N * cells_of : 0), raw_ih = unwritten(norm ? N * G * H : 0);
       raw_hh = unwritten(norm ? N * G * units : 0), stats = unwritten(norm ? (2 * G - 2) * N : 0);
-      Floats scratch = unwritten(fastlm::variant_forward_scratch(G, N, B, H, l.norm, save));
-      fastlm::variant_forward({G, l.steps(), l.sizes.data(), l.inputs, H, variant, l.input.data(), w_ih.data(),
-                               w_hh.data(), bias_packed.data(), h0.data(), given(c0), h0_dropped.data(), l.reverse,
-                               output.data(), h_n.data(), given(c_n), given(dropped), given(activated), given(cells),
-                               given(raw_ih), given(raw_hh), given(stats), scratch.data(), threads});
+      fastlm::VariantForward args = {
+          G, l.steps(), l.sizes.data(), l.inputs, H, variant, l.input.data(), in_digits ? ih.data : w_ih.data(),
+          in_digits ? hh.data : w_hh.data(), bias_packed.data(), h0.data(), given(c0), h0_dropped.data(), l.reverse,
+          output.data(), h_n.data(), given(c_n), given(dropped), given(activated), given(cells), given(raw_ih),
+          given(raw_hh), given(stats), nullptr, threads, in_digits};
+      const Aligned scratch(fastlm::variant_forward_scratch(args) * static_cast<int64_t>(sizeof(float)));
+      args.scratch = static_cast<float*>(scratch.data);
+      fastlm::variant_forward(args);
       CHECK(distance(output, want.data()) < 1e-5);
       CHECK(distance(h_n, want.data() + N * H) < 1e-5);
       CHECK(distance(c_n, want.data() + (N + B) * H) < 1e-5);
@@ -171,12 +192,15 @@ void is_right(const Layer& l) {
   Floats grad_gates = unwritten(N * G * H), grad_raw = unwritten(l.norm || G == 3 ? N * G * H : 0),
          grad_ln_hh = unwritten(l.norm ? G * H : 0), grad_b_hn = unwritten(of_n), grad_ln_c = unwritten(of_c),
          grad_ln_c_bias = unwritten(of_c), previous = unwritten(N * H), grad_h0 = unwritten(B * H),
-         grad_c0 = unwritten(B * cells_of), scratch = unwritten(fastlm::variant_backward_scratch(G, B, H, l.norm));
-  fastlm::variant_backward({G, l.steps(), l.sizes.data(), H, variant, columns.data(), h0.data(), h0_dropped.data(),
-                            given(c0), l.reverse, output.data(), given(dropped), activated.data(), given(cells),
-                            given(raw_hh), given(stats), g_output.data(), g_h.data(), given(g_c), grad_gates.data(),
-                            given(grad_raw), given(grad_ln_hh), given(grad_b_hn), given(grad_ln_c),
-                            given(grad_ln_c_bias), previous.data(), grad_h0.data(), given(grad_c0), scratch.data(), 2});
+         grad_c0 = unwritten(B * cells_of);
+  fastlm::VariantBackward args = {
+      G, l.steps(), l.sizes.data(), H, variant, in_digits ? across.data : columns.data(), h0.data(), h0_dropped.data(),
+      given(c0), l.reverse, output.data(), given(dropped), activated.data(), given(cells), given(raw_hh), given(stats),
+      g_output.data(), g_h.data(), given(g_c), grad_gates.data(), given(grad_raw), given(grad_ln_hh), given(grad_b_hn),
+      given(grad_ln_c), given(grad_ln_c_bias), previous.data(), grad_h0.data(), given(grad_c0), nullptr, 2, in_digits};
+  const Aligned scratch(fastlm::variant_backward_scratch(args) * static_cast<int64_t>(sizeof(float)));
+  args.scratch = static_cast<float*>(scratch.data);
+  fastlm::variant_backward(args);
   Variables v = {wide(bias), wide(h0), wide(c0)};
   const auto differences = [&](Doubles& variable) {
     Doubles grads;
@@ -208,6 +232,16 @@ void is_right(const Layer& l) {
 }
 
 }  // namespace
+
+FASTLM_TEST(recurrent_variants_in_digits_agree_with_double) {
+  if (!fastlm::digit_tiles()) return;
+  for (int64_t gates : {4, 3}) {
+    for (bool reverse : {false, true})
+      for (bool norm : {false, true})
+        for (bool noise : {false, true}) is_right(make_layer(gates, 5, 18, {18, 17, 9, 1}, reverse, norm, noise), true);
+    is_right(make_layer(gates, 2, 8, std::vector<int64_t>(65, 8), false, false, true), true);  // more than a chunk's
+  }
+}
 
 FASTLM_TEST(recurrent_variants_agree_with_double) {
   for (int64_t gates : {4, 3}) {

@@ -37,8 +37,8 @@ struct VariantForward {
   int64_t inputs, hidden;
   RecurrentVariant variant;
   const float* input;       // [N, I]
-  const float* w_ih;        // [G H, I] packed, gates
-  const float* w_hh;        // [G H, H] packed, gates
+  const void* w_ih;         // [G H, I] packed, gates; as parts where `digits`
+  const void* w_hh;         // [G H, H] packed, gates; as digits where `digits`
   const float* bias;        // [H/L][4][L]: LSTM b_ih + b_hh; GRU those of r and z, b_in, b_hn
   const float* h0;          // [B, H]
   const float* c0;          // [B, H], LSTM
@@ -54,11 +54,12 @@ struct VariantForward {
   float* raw_ih;     // [N, G H]: W_ih x
   float* raw_hh;     // [H/L][N][G][L]: W_hh (m h)
   float* stats;      // [2 G - 2][N]: mean and 1 / standard deviation of W_ih x, W_hh (m h), LSTM c~
-  float* scratch;    // variant_forward_scratch(...) floats
+  float* scratch;    // variant_forward_scratch(...) floats, aligned to 64 bytes
   int threads;
+  bool digits = false;  // as fastlm/lstm.h's
 };
 void variant_forward(const VariantForward& args);
-int64_t variant_forward_scratch(int64_t gates, int64_t rows, int64_t batch, int64_t hidden, bool norm, bool save);
+int64_t variant_forward_scratch(const VariantForward& args);
 
 struct VariantBackward {
   int64_t gates;
@@ -66,7 +67,7 @@ struct VariantBackward {
   const int64_t* batch_sizes;
   int64_t hidden;
   RecurrentVariant variant;
-  const float* w_hh;        // [G H, H] packed as it is (k = G H, n = H)
+  const void* w_hh;         // [G H, H] packed as it is (k = G H, n = H), or as digits in G groups
   const float* h0;          // as in the forward pass, from here to stats
   const float* h0_dropped;
   const float* c0;
@@ -90,10 +91,11 @@ struct VariantBackward {
   float* previous;        // [N, H] out: m h before each row's step, for the gradient of W_hh; or null
   float* grad_h0;         // [B, H] out
   float* grad_c0;         // [B, H] out, LSTM
-  float* scratch;         // variant_backward_scratch(...) floats
+  float* scratch;         // variant_backward_scratch(...) floats, aligned to 64 bytes
   int threads;
+  bool digits = false;
 };
 void variant_backward(const VariantBackward& args);
-int64_t variant_backward_scratch(int64_t gates, int64_t batch, int64_t hidden, bool norm);
+int64_t variant_backward_scratch(const VariantBackward& args);
 
 }  // namespace fastlm

@@ -23,7 +23,16 @@ from fastlm.kernels import native
 from fastlm.kernels.cpu import matmul
 from fastlm.kernels.packing import cached, digit_tiles, find, pack, pack_digits
 
-__all__ = ["Gradients", "Saved", "cell", "layer_backward", "layer_forward", "pack_layer", "prepared_cell"]
+__all__ = [
+    "Gradients",
+    "Saved",
+    "cell",
+    "layer_backward",
+    "layer_forward",
+    "pack_in_digits",
+    "pack_layer",
+    "prepared_cell",
+]
 
 
 DIGIT_ROWS = 8
@@ -78,11 +87,8 @@ def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, 
     return _Packed(*shared, projection, inputs, rows // 4, (ih, hh, bias), w_ih.dtype is torch.bfloat16)
 
 
-def _pack_wide(*tensors: Tensor | None) -> _Packed:
-    return _pack(*(None if t is None else t.detach().float() for t in tensors))  # type: ignore[arg-type]
-
-
-def _pack_digits(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> _Packed:
+def pack_in_digits(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> _Packed:
+    """The same where `in_digits`; not remembered."""
     floats = _pack_biases(w_ih, b_ih, b_hh)
     shared = pack_digits(w_ih.t(), gates=4, k_groups=0), pack_digits(w_hh.t(), gates=4), floats
     ih, hh, bias = (tensor.data_ptr() for tensor in shared)
@@ -145,14 +151,11 @@ def pack_columns(weight: Tensor) -> Tensor:
 
 
 def pack_layer(
-    w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None, wide: bool = False
+    w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None = None
 ) -> _Packed:
-    """The weights of a layer in one direction as the kernels want them, packed once; as float32 where `wide`."""
+    """The weights of a layer in one direction as the kernels want them, packed once."""
     biased = (w_ih, w_hh, b_ih, b_hh)
-    given = biased if w_hr is None else (*biased, w_hr)
-    if wide and w_ih.dtype is not torch.float32:
-        return cached("lstm wide", given, _pack_wide)
-    return cached("lstm", given, _pack)
+    return cached("lstm", biased if w_hr is None else (*biased, w_hr), _pack)
 
 
 def layer_forward(
@@ -192,7 +195,7 @@ def layer_forward(
     hidden = c0.shape[1]
     digits = w_hr is None and in_digits(batch_sizes, w_ih, w_hh)
     biased = (w_ih, w_hh, b_ih, b_hh)
-    packed = cached("lstm digits", biased, _pack_digits) if digits else pack_layer(*biased, w_hr)
+    packed = cached("lstm digits", biased, pack_in_digits) if digits else pack_layer(*biased, w_hr)
     input, h0, c0 = input.contiguous(), h0.contiguous(), c0.contiguous()
     output, h_n, c_n = native.empty(rows, outputs), torch.empty_like(h0), torch.empty_like(c0)
     gates = cells = unprojected = None

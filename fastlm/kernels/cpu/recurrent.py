@@ -18,7 +18,7 @@ from fastlm.kernels import native
 from fastlm.kernels.cpu.lstm import columns_in_digits, gradients_in_digits, in_digits, pack_columns, product
 from fastlm.kernels.packing import cached, pack, pack_digits
 
-__all__ = ["Packed", "Saved", "layer_backward", "layer_forward", "pack_layer"]
+__all__ = ["Packed", "Saved", "layer_backward", "layer_forward", "pack_in_digits", "pack_layer"]
 
 
 class Saved(NamedTuple):
@@ -52,7 +52,7 @@ def pack_layer(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | N
     return Packed(of_input(w_ih.t(), gates=gates), of_state(w_hh.t(), gates=gates), pack(both[None], gates=4))
 
 
-_pack_digits = partial(pack_layer, in_digits=True)
+pack_in_digits = partial(pack_layer, in_digits=True)
 
 
 def layer_forward(
@@ -85,7 +85,7 @@ def layer_forward(
     w_ih, w_hh, *_ = weights
     assert w_ih is not None and w_hh is not None
     digits = cell != "relu" and in_digits(batch_sizes, w_ih, w_hh)  # a relu's states have no bound
-    packed = cached("recurrent digits", weights, _pack_digits) if digits else cached("recurrent", weights, pack_layer)
+    packed = cached("recurrent digits", weights, pack_in_digits) if digits else cached("recurrent", weights, pack_layer)
     input, h0 = input.contiguous(), h0.contiguous()
     rows, inputs = input.shape
     batch, hidden = h0.shape

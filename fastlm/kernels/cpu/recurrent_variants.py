@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlm.kernels import native
 from fastlm.kernels.cpu import lstm, recurrent
-from fastlm.kernels.cpu.lstm import pack_columns, product
+from fastlm.kernels.cpu.lstm import product
 from fastlm.kernels.packing import cached, pack
 
 __all__ = ["Saved", "layer_backward", "layer_forward"]
@@ -39,8 +39,26 @@ def _pack_gains(ln_ih: Tensor, ln_hh: Tensor, gates: int) -> tuple[Tensor, Tenso
     return pack(ln_ih.detach().float()[None], gates=gates), pack(ln_hh.detach().float()[None], gates=gates)
 
 
-def _pack_gru(*weights: Tensor | None) -> recurrent.Packed:
-    return recurrent.pack_layer(*(None if t is None else t.detach().float() for t in weights))  # type: ignore[arg-type]
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.detach().float()
+
+
+def _wide(tensor: Tensor | None) -> Tensor | None:
+    """A weight as float32, made once; what is packed of it is then remembered as that of any float32 weight."""
+    return tensor if tensor is None or tensor.dtype is torch.float32 else cached("wide", (tensor,), _widen)
+
+
+def _packed(weights: Sequence[Tensor | None], gates: int, digits: bool) -> Any:
+    """As the plain layer's, packed once for both."""
+    if gates == 4:
+        w_ih, w_hh, *biases = weights
+        assert w_ih is not None and w_hh is not None
+        return cached("lstm digits", weights, lstm.pack_in_digits) if digits else lstm.pack_layer(w_ih, w_hh, *biases)
+    return (
+        cached("recurrent digits", weights, recurrent.pack_in_digits)
+        if digits
+        else cached("recurrent", weights, recurrent.pack_layer)
+    )
 
 
 def _variant(given: dict[str, Tensor | None], gates: int) -> tuple[dict[str, Tensor | None], int]:
@@ -95,15 +113,11 @@ def layer_forward(
     gates = 2 + len(states)
     rows, inputs = input.shape
     batch, hidden = states[0].shape
-    w_ih, w_hh, b_ih, b_hh = weights
-    assert w_ih is not None and w_hh is not None
-    packed: Any
-    if gates == 4:
-        packed = lstm.pack_layer(w_ih, w_hh, b_ih, b_hh, wide=True)
-    else:
-        # Of float32 weights the plain GRU's, packed once for both.
-        wide = w_ih.dtype is torch.float32
-        packed = cached("recurrent" if wide else "recurrent wide", weights, _pack_gru)
+    w_ih, w_hh, *_ = weights
+    wide = [_wide(weight) for weight in weights]
+    assert wide[0] is not None and wide[1] is not None
+    digits = lstm.in_digits(batch_sizes, wide[0], wide[1])
+    packed = _packed(wide, gates, digits)
     tensors: dict[str, Tensor | None] = dict.fromkeys(_NAMES)
     tensors |= {"input": input.contiguous(), "w_ih": w_ih, "w_hh": w_hh}
     tensors |= zip(("h0", "c0"), (state.contiguous() for state in states), strict=False)
@@ -137,6 +151,7 @@ def layer_forward(
         stride,
         _addresses({**tensors, **variant, **given}),
         native.num_threads(),
+        digits,
     )
     saved = Saved(tuple(tensors.values()), batch_sizes, reverse) if save else None
     return output, *final, saved
@@ -161,6 +176,10 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
     if activated.shape[-1] != module.simd_lanes():
         raise RuntimeError("the instruction-set level has changed since the forward pass")
     rows, (batch, hidden) = input.shape[0], h0.shape
+    wide_ih, wide_hh = _wide(w_ih), _wide(w_hh)
+    assert wide_ih is not None and wide_hh is not None
+    digits = lstm.gradients_in_digits(saved.batch_sizes, wide_ih, wide_hh)
+    in_which = lstm.columns_in_digits(gates) if digits else lstm.pack_columns
     variant, stride = _variant(given, gates)
     ln_ih, raw_ih, stats = (given[name] for name in ("ln_ih", "raw_ih", "stats"))
     norm = ln_ih is not None
@@ -175,7 +194,7 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
         **{name: t for name, t in given.items() if name not in ("input", "w_ih", "raw_ih")},
         **variant,
         **of_norms,
-        "w_hh": cached("columns", (w_hh,), pack_columns),
+        "w_hh": cached("columns of digits" if digits else "columns", (wide_hh,), in_which),
         "grad_gates": of_x,
         "grad_raw_hh": None if of_raw is of_x else of_raw,
         "previous": previous,
@@ -193,6 +212,7 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
         stride,
         _addresses(tensors),
         native.num_threads(),
+        digits,
     )
     of_b_ih = of_x.sum(0) if needs[3] or needs[4] else None
     of_b_hh = None
@@ -210,7 +230,7 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
         )  # fmt: skip
     of_others = [of_norms.get(name) for name in ("grad_ln_hh", "grad_ln_c", "grad_ln_c_bias")]
     results = (
-        product(of_raw_ih, w_ih.float()) if needs[0] else None,
+        product(of_raw_ih, wide_ih) if needs[0] else None,
         product(of_raw_ih.t(), input) if needs[1] else None,
         None if previous is None else product(of_raw.t(), previous, digits=True),
         of_b_ih,
