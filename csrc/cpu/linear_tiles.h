@@ -73,7 +73,7 @@ template <WeightKind kind, int G>
 static __attribute__((noinline)) void integer_tile_amx(const LinearArgs& a, const LinearWeight& w, const uint8_t* panel,
                                                        int64_t first, int64_t m0) {
   constexpr int64_t kStep = panel_bytes(kind, kBlock), kHeader = kLanes * (kind == WeightKind::kQ4_1 ? 4 : 2);
-  constexpr int64_t kAhead = 4096;
+  constexpr int64_t kAhead = 12288;  // 4 KB, as for fewer rows: 6 to 9% slower
   constexpr int kVector = kLanes * 4, kSlots = 4;
   constexpr bool nibbles = kind != WeightKind::kQ8_0;
   const int64_t blocks = a.columns / kBlock;
