@@ -1,15 +1,12 @@
 #include "fastlm/activation.h"
 
 #include "bfloat.h"
+#include "light_work.h"
 #include "simd_math.h"
-#include "threads.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
-
-// Elements below which waking a second thread costs more than it saves.
-constexpr int64_t kWorthAThread = 1 << 14;
 
 struct Value {
   vf value, slope;
@@ -69,8 +66,7 @@ FASTLM_INLINE void with_memory(const Args& a, Range mine) {
 
 template <template <typename, bool> class Pass, typename Args>
 FASTLM_INLINE void run(const Args& a) {
-  const int64_t useful = a.count / kWorthAThread;
-  parallel(useful < a.threads ? static_cast<int>(useful) : a.threads, [&](int thread, int threads, Barrier&) {
+  parallel(light_threads(a.count, a.threads), [&](int thread, int threads, Barrier&) {
     const Range mine = share(a.count, thread, threads, kLanes);
     if (a.function == ActivationFunction::kSilu)
       with_memory<Pass, Silu>(a, mine);

@@ -3,17 +3,13 @@
 #include <cstring>
 
 #include "bfloat.h"
-#include "threads.h"
+#include "light_work.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
 
-// Elements below which waking a second thread costs more than it saves.
-static constexpr int64_t kWorthAThread = 1 << 14;
-
 void add(const Add& a) {
-  const int64_t useful = a.count / kWorthAThread;
-  parallel(useful < a.threads ? static_cast<int>(useful) : a.threads, [&](int thread, int threads, Barrier&) {
+  parallel(light_threads(a.count, a.threads), [&](int thread, int threads, Barrier&) {
     const Range mine = share(a.count, thread, threads, kLanes);
     int64_t i = mine.begin;
     for (; i + kLanes <= mine.end; i += kLanes) store(a.output + i, load(a.a + i) + load(a.b + i));
@@ -22,8 +18,7 @@ void add(const Add& a) {
 }
 
 void convert(const Convert& a) {
-  const int64_t useful = a.count / kWorthAThread;
-  parallel(useful < a.threads ? static_cast<int>(useful) : a.threads, [&](int thread, int threads, Barrier&) {
+  parallel(light_threads(a.count, a.threads), [&](int thread, int threads, Barrier&) {
     const Range mine = share(a.count, thread, threads, kLanes);
     for (int64_t i = mine.begin; i < mine.end; i += kLanes)
       if (a.to_bfloats)

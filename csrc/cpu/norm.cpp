@@ -1,21 +1,14 @@
 #include "fastlm/norm.h"
 
 #include "bfloat.h"
-#include "threads.h"
+#include "light_work.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
-// Elements below which waking a second thread costs more than it saves.
-constexpr int64_t kWorthAThread = 1 << 14;
 // Parts of the rows whose parameter gradients are summed apart, then together: the same ones for any thread count.
 constexpr int kParts = 16;
-
-int useful_threads(int64_t rows, int64_t dim, int threads) {
-  const int64_t useful = rows * dim / kWorthAThread;
-  return useful < threads ? static_cast<int>(useful) : threads;
-}
 
 // The sum of f(x) over a row, f being applied to whole vectors; what lies beyond the row is `fill`.
 template <typename F>
@@ -96,7 +89,7 @@ FASTLM_INLINE void differentiate(const NormBackward& a, int64_t row, float* weig
 }  // namespace
 
 void norm(const Norm& a) {
-  parallel(useful_threads(a.rows, a.dim, a.threads), [&](int thread, int threads, Barrier&) {
+  parallel(light_threads(a.rows * a.dim, a.threads), [&](int thread, int threads, Barrier&) {
     const Range mine = share(a.rows, thread, threads);
     for (int64_t row = mine.begin; row < mine.end; ++row)
       if (a.bfloats)
@@ -112,7 +105,7 @@ int64_t norm_backward_scratch(const NormBackward& a) {
 
 void norm_backward(const NormBackward& a) {
   const int64_t kept = a.dim * ((a.grad_weight != nullptr) + (a.grad_bias != nullptr));
-  parallel(useful_threads(a.rows, a.dim, a.threads), [&](int thread, int threads, Barrier& barrier) {
+  parallel(light_threads(a.rows * a.dim, a.threads), [&](int thread, int threads, Barrier& barrier) {
     const Range parts = share(kParts, thread, threads);
     for (int64_t part = parts.begin; part < parts.end; ++part) {
       float* sums = a.scratch + part * kept;

@@ -3,15 +3,12 @@
 
 #include <cstring>
 
+#include "light_work.h"
 #include "simd.h"
-#include "threads.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
-
-// Elements below which waking a second thread costs more than it saves.
-constexpr int64_t kWorthAThread = 1 << 14;
 
 FASTLM_INLINE void turn_halves(const float* __restrict x, const float* __restrict cos, const float* __restrict sin,
                                float* __restrict y, int64_t half) {
@@ -33,8 +30,7 @@ FASTLM_INLINE void turn_pairs(const float* __restrict x, const float* __restrict
 
 void rotary(const Rotary& a) {
   const int64_t heads = a.batch * a.heads * a.tokens;
-  const int64_t useful = heads * a.dim / kWorthAThread;
-  parallel(useful < a.threads ? static_cast<int>(useful) : a.threads, [&](int thread, int threads, Barrier&) {
+  parallel(light_threads(heads * a.dim, a.threads), [&](int thread, int threads, Barrier&) {
     const Range mine = share(heads, thread, threads);
     for (int64_t head = mine.begin; head < mine.end; ++head) {
       const int64_t t = head % a.tokens, h = head / a.tokens % a.heads, b = head / a.tokens / a.heads;
