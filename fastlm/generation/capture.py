@@ -8,6 +8,7 @@ few that a decode step needs into kernels, and refuses all others by name.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -104,6 +105,7 @@ _ALLOCATIONS = frozenset(
 )
 
 
+@functools.cache  # a step asks a thousand times, of a dozen operations
 def _is_view(func: Any) -> bool:
     """Whether the result is the argument's memory under another shape: nothing to do in a replay.
 
