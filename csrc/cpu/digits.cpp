@@ -13,9 +13,12 @@ namespace {
 
 int64_t padded_depth(int64_t k, int64_t groups) { return panels_for(k / groups, kTileHeight) * kTileHeight * groups; }
 
-// Of 16 columns, as digits or, without a group, as parts.
+// Of 16 columns as parts.
+int64_t parts_bytes(int64_t k) { return panels_for(k, kDepth) * kParts * kTileWords * static_cast<int64_t>(sizeof(uint32_t)); }
+
+// Of 16 columns; without a group, of parts, digits and what a row is judged by (InputRows).
 int64_t block_bytes(int64_t k, int64_t groups) {
-  if (groups == 0) return panels_for(k, kDepth) * kParts * kTileWords * static_cast<int64_t>(sizeof(uint32_t));
+  if (groups == 0) return parts_bytes(k) + digit_column_block(k) + kTileHeight * static_cast<int64_t>(sizeof(float));
   return digit_column_block(padded_depth(k, groups));
 }
 
@@ -106,8 +109,9 @@ void pack_block(const Columns& columns, uint8_t* to) {
   }
 }
 
-// The same block as bfloat16 parts.
-void pack_parts(const Columns& columns, uint32_t* to) {
+// The same block as bfloat16 parts, and the columns' norms.
+void pack_parts(const Columns& columns, uint32_t* to, float* norms) {
+  vf squares{};
   for (int64_t at = 0; at < columns.k; at += kDepth, to += kParts * kTileWords) {
     vf low[kTile], high[kTile];
     columns.load_rows(at, low);
@@ -116,8 +120,10 @@ void pack_parts(const Columns& columns, uint32_t* to) {
       vu parts[kParts];
       split(low[p], high[p], parts);
       for (int j = 0; j < kParts; ++j) std::memcpy(to + j * kTileWords + p * kTile, &parts[j], sizeof(parts[j]));
+      squares += low[p] * low[p] + high[p] * high[p];
     }
   }
+  for (int lane = 0; lane < kLanes; ++lane) norms[lane] = __builtin_sqrtf(squares[lane]);
 }
 
 // Sixteen rows, or `valid` of them, that lie across: number (row, i) is at from[i * stride + row]. `copy` is [k][16].
@@ -237,11 +243,16 @@ void pack_digits(const PackDigits& a) {
     const int64_t first = a.gates != 0 ? panel * kLanes : block * kLanes, left = units - first;
     const float* const source = a.source + (first + (a.gates != 0 ? v * units : 0)) * a.stride_n;
     const int valid = static_cast<int>(left < 0 ? 0 : left < kLanes ? left : kLanes);
-    uint8_t* const to = static_cast<uint8_t*>(a.packed) + block * bytes;
-    if (a.k_groups == 0)
-      pack_parts({source, a.k, 1, a.stride_k, a.stride_n, valid}, reinterpret_cast<uint32_t*>(to));
-    else
-      pack_block({source, a.k, a.k_groups, a.stride_k, a.stride_n, valid}, to);
+    uint8_t* const to = static_cast<uint8_t*>(a.packed);
+    if (a.k_groups == 0) {  // all parts, all digits, all norms
+      uint8_t* const digits = to + blocks * parts_bytes(a.k);
+      float* const norms = reinterpret_cast<float*>(digits + blocks * digit_column_block(a.k));
+      const Columns columns = {source, a.k, 1, a.stride_k, a.stride_n, valid};
+      pack_parts(columns, reinterpret_cast<uint32_t*>(to + block * parts_bytes(a.k)), norms + block * kTileHeight);
+      pack_block(columns, digits + block * digit_column_block(a.k));
+    } else {
+      pack_block({source, a.k, a.k_groups, a.stride_k, a.stride_n, valid}, to + block * bytes);
+    }
   }
 #else
   (void)a;

@@ -50,7 +50,7 @@ class Forward {
       step_hidden_ = take_floats(scratch, batch * a.hidden);
     }
     if (kDigits) {
-      input_parts_ = InputParts(scratch, chunk_rows(batch, kChunk), a.inputs);
+      input_rows_ = InputRows(scratch, chunk_rows(batch, kChunk), a.inputs, a.w_ih, panels_ * 4);
       states_ = StateDigits(scratch, batch, a.outputs, a.h0, false);
     }
     scratch_ = scratch - a.scratch;
@@ -68,23 +68,20 @@ class Forward {
     bool back = false;
     int turn = 0;
     DigitTiles tiles;
+    InputRows input_rows = input_rows_;
+    if (kDigits) input_rows.begin();
     if (kDigits) states_.begin(Walk(a.batch_sizes, a.steps, total_, a.reverse), own, thread, threads, barrier);
     const auto base = [&](int64_t low) { return save_ ? 0 : low; };  // the row that gates_ begins with
     const auto inputs = [&](int64_t low, int64_t high) {
       const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
-      if (kDigits) {
-        input_parts_.put(input.first, share(high - low, thread, threads));
-        barrier.wait();
-        tiles.lost();
-      }
+      const auto gates = [&](int64_t u) { return gates_ + (u * gate_rows_ + low - base(low)) * kPanel; };
+      if (kDigits) input_rows.put(input.first, high - low, thread, threads, barrier);
       for (int64_t u = own.begin; u < own.end; ++u) {
-        float* gates = gates_ + (u * gate_rows_ + low - base(low)) * kPanel;
-        fill_bias(gates, a.bias + u * kPanel, high - low);
-        if constexpr (kDigits)
-          input_parts_.product<4, 3>(high - low, a.w_ih, u, gates);
-        else
-          panel_product(input, high - low, panel(a.w_ih, u, a.inputs), a.inputs, gates, kPanel);
+        fill_bias(gates(u), a.bias + u * kPanel, high - low);
+        if constexpr (!kDigits)
+          panel_product(input, high - low, panel(a.w_ih, u, a.inputs), a.inputs, gates(u), kPanel);
       }
+      if constexpr (kDigits) input_rows.template product<4, 3>(high - low, own, tiles, gates);
     };
     const auto take = [&](const Walk& step, int64_t low) {
       tiles.set_rows(kDigits ? step.rows() : 0);
@@ -156,7 +153,7 @@ class Forward {
   float* projected_ = nullptr;    // [B, padded P]
   float* step_hidden_ = nullptr;  // [B, H]: o tanh(c) of the step, with a projection, where it is not saved
   bool save_;
-  InputParts input_parts_;  // of a chunk
+  InputRows input_rows_;
   StateDigits states_;
   int64_t scratch_;  // floats in use
 };

@@ -1,4 +1,5 @@
-// What recurrent layers keep for tiles: states and the gates' gradients as digits (digits.h), inputs as parts (amx.h).
+// What recurrent layers keep for tiles: states and the gates' gradients as digits (digits.h), inputs as
+// either, digits or parts (amx.h).
 #pragma once
 
 #include "amx.h"
@@ -29,8 +30,8 @@ FASTLM_INLINE float* take_floats(float*& memory, int64_t n) {
   return reinterpret_cast<float*>(take_bytes(memory, n * static_cast<int64_t>(sizeof(float))));
 }
 
-// Rows of input, of a chunk at a time. Their numbers need not have one scale, as states have: they are not digits but three
-// bfloat16 each, which keep the range of floats (amx.h); and so are the weights, in blocks of 16 columns.
+// Rows of input whose numbers need not have one scale, as states have: three bfloat16 each, which keep the range of floats
+// (amx.h); and so are the weights, in blocks of 16 columns.
 class InputParts {
  public:
   static int64_t words(int64_t k) { return panels_for(k, kDepth) * kParts * kTileWords; }  // of 16 rows, or columns
@@ -40,24 +41,25 @@ class InputParts {
   }
 
   void put(const float* input, Range rows) const {
+    for (int64_t i = rows.begin; i < rows.end; ++i) put_row(input + i * k_, i);
+  }
+  void put_row(const float* x, int64_t i) const {
 #if defined(__AVX512F__)
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const float* const x = input + i * k_;
-      uint32_t* to = tiles_ + i / kTile * words(k_) + i % kTile * kTile;
-      for (int64_t at = 0; at < k_; at += kDepth, to += kParts * kTileWords) {
-        vu parts[kParts];
-        split(load_until(x, at, k_, 0.0f), load_until(x, at + kTile, k_, 0.0f), parts);
-        for (int j = 0; j < kParts; ++j) std::memcpy(to + j * kTileWords, &parts[j], sizeof(parts[j]));
-      }
+    uint32_t* to = tiles_ + i / kTile * words(k_) + i % kTile * kTile;
+    for (int64_t at = 0; at < k_; at += kDepth, to += kParts * kTileWords) {
+      vu parts[kParts];
+      split(load_until(x, at, k_, 0.0f), load_until(x, at + kTile, k_, 0.0f), parts);
+      for (int j = 0; j < kParts; ++j) std::memcpy(to + j * kTileWords, &parts[j], sizeof(parts[j]));
     }
 #else
-    (void)input, (void)rows;  // only levels that have tiles come here
+    (void)x, (void)i;  // only levels that have tiles come here
 #endif
   }
 
-  // Adds a panel's product to `count` rows of sums, as panel_product. Takes the tile registers.
+  // Adds a panel's product to `count` rows of sums, as panel_product: that of the row i to the row places[i], if given.
+  // Takes the tile registers.
   template <int V, int Last>
-  void product(int64_t count, const void* weights, int64_t panel, float* out) const {
+  void product(int64_t count, const void* weights, int64_t panel, float* out, const int32_t* places = nullptr) const {
 #if defined(__AVX512F__)
     const int64_t block = words(k_), steps = panels_for(k_, kDepth), tiles = panels_for(count, kTile);
     const uint32_t* const columns = static_cast<const uint32_t*>(weights) + panel * V * block;
@@ -75,18 +77,105 @@ class InputParts {
       const int64_t v = (item - 1) / tiles * 2, first = (item - 1) % tiles * kTile;
       for (int64_t i = first; i < count && i < first + kTile; ++i)
         for (int64_t w = v; w < V && w < v + 2; ++w) {
-          float* const to = out + i * kPanel + (w == V - 1 ? Last : w) * kLanes;
+          float* const to = out + (places != nullptr ? places[i] : i) * kPanel + (w == V - 1 ? Last : w) * kLanes;
           store(to, load(to) + sums[(item - 1) % 2].at(i - first, (w - v) * kTile));
         }
     }
 #else
-    (void)count, (void)weights, (void)panel, (void)out;
+    (void)count, (void)weights, (void)panel, (void)out, (void)places;
 #endif
   }
 
  private:
   int64_t k_ = 0;
   uint32_t* tiles_ = nullptr;
+};
+
+// Rows of input, of a chunk at a time: as digits where rounding to 24 bits of the row's largest number, and of a column of
+// W_ih's, moves no sum by more than gates are rounded by anyway; else, if only by one feature much larger than the others,
+// as parts, in twice the time. Each row by itself. Weights are packed as both (fastlm/pack.h, k_groups = 0).
+class InputRows {
+ public:
+  InputRows() = default;
+  InputRows(float*& memory, int64_t rows, int64_t k, const void* weights, int64_t blocks)
+      : k_(k), parts_weights_(weights), parts_(memory, rows, k) {
+    digits_ = {take_bytes(memory, digit_rows_bytes(rows, k)), k};
+    units_ = take_floats(memory, rows);
+    wide_ = reinterpret_cast<int32_t*>(take_floats(memory, rows));
+    weights_ = static_cast<const uint8_t*>(weights) + blocks * InputParts::words(k) * 4;
+    norms_ = reinterpret_cast<const float*>(weights_ + blocks * digit_column_block(k));
+    blocks_ = blocks;
+  }
+
+  // The rows of a chunk, by all threads together, each of which calls begin() first.
+  void begin() {
+    vf norm{}, unit{};
+    for (int64_t block = 0; block < blocks_; ++block) {
+      norm = max(load(norms_ + block * kTileHeight), norm);
+      unit = max(load(reinterpret_cast<const float*>(weights_ + block * digit_column_block(k_))), unit);
+    }
+    norm_ = reduce_max(norm);
+    most_ = reduce_max(unit) * (kMost / 65536.0f);
+  }
+  void put(const float* input, int64_t rows, int thread, int threads, Barrier& barrier) {
+    const Range own = share(rows, thread, threads);
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      const float* const x = input + i * k_;
+      const bool in_digits = error(x) <= kMostError;
+      if (in_digits)
+        put_row(x, k_, digits_, i, units_ + i);
+      else
+        units_[i] = 0.0f;  // times whatever digits are there
+    }
+    barrier.wait();
+    wide_rows_ = 0;
+    for (int64_t i = 0; i < rows; ++i)
+      if (units_[i] == 0.0f) {
+        if (thread == 0) wide_[wide_rows_] = static_cast<int32_t>(i);
+        if (wide_rows_ % threads == thread) parts_.put_row(input + i * k_, wide_rows_);
+        ++wide_rows_;
+      }
+    if (wide_rows_ > 0) barrier.wait();
+  }
+
+  // Adds the products of a chunk's rows with some panels to out(panel). Takes the tile registers.
+  template <int V, int Last, typename Out>
+  void product(int64_t rows, Range panels, DigitTiles& tiles, const Out& out) const {
+    if (wide_rows_ < rows) {
+      tiles.set_rows(rows);
+      for (int64_t u = panels.begin; u < panels.end; ++u)
+        digit_product<V, Last>(digits_, {units_, nullptr, rows, 1}, rows, weights_ + u * V * digit_column_block(k_), out(u),
+                               kPanel);
+    }
+    if (wide_rows_ == 0) return;
+    tiles.lost();
+    for (int64_t u = panels.begin; u < panels.end; ++u)
+      parts_.product<V, Last>(wide_rows_, parts_weights_, u, out(u), wide_);
+  }
+
+ private:
+  // In units of 2^-24: at most what rounding the row, and the weights, can add up to, if the errors' signs are random.
+  float error(const float* x) const {
+    vf squares{};
+    for (int64_t i = 0; i < k_; i += kLanes) {
+      const vf v = load_until(x, i, k_, 0.0f);
+      squares += v * v;
+    }
+    const float most = float_of(static_cast<uint32_t>(largest_magnitude(x, k_)));  // NaN if there is one
+    return k_ > kMostDepth ? kMostError * 2 : most * norm_ + __builtin_sqrtf(reduce_add(squares)) * most_;
+  }
+
+  static constexpr float kMostError = 8.0f;  // sums of gates between 4 and 8 are rounded by as much
+  static constexpr int64_t kMostDepth = 40000;  // three products of digits, 2^14 at most, of so many numbers fit 32 bits
+  int64_t k_ = 0, blocks_ = 0, wide_rows_ = 0;
+  const void* parts_weights_ = nullptr;
+  InputParts parts_;
+  DigitRows digits_{};
+  float* units_ = nullptr;    // [rows]; 0: the row is not in digits
+  int32_t* wide_ = nullptr;   // numbers of the rows that are parts
+  const uint8_t* weights_ = nullptr;
+  const float* norms_ = nullptr;
+  float norm_ = 0, most_ = 0;  // of a column of the weights, the largest
 };
 
 // h of all rows before a step and, while that step writes them, before the next one; a step's `turn` says which. They

@@ -79,7 +79,7 @@ class Layer {
     float* scratch = a.scratch;
     sums_ = save_ ? a.gates : take_floats(scratch, panels_ * gate_rows_ * kPanel);
     if (kDigits) {
-      input_parts_ = InputParts(scratch, chunk, a.inputs);
+      input_rows_ = InputRows(scratch, chunk, a.inputs, a.w_ih, panels_ * Cell::kVectors);
       states_ = StateDigits(scratch, batch, a.hidden, a.h0, Cell::kLasting);
     }
     scratch_ = scratch - a.scratch;
@@ -105,14 +105,15 @@ class Layer {
     int turn = 0;
     DigitTiles tiles;
     const Range own_vectors = {own.begin * Cell::kUnits / kLanes, own.end * Cell::kUnits / kLanes};
+    InputRows input_rows = input_rows_;
+    if (kDigits) input_rows.begin();
     if (kDigits) states_.begin(Walk(a.batch_sizes, a.steps, total_, a.reverse), own_vectors, thread, threads, barrier);
     const auto inputs = [&](int64_t low, int64_t high) {
-      if (kDigits) {
-        input_parts_.put(a.input + low * a.inputs, share(high - low, thread, threads));
-        barrier.wait();
-        tiles.lost();
-      }
+      if (kDigits) input_rows.put(a.input + low * a.inputs, high - low, thread, threads, barrier);
       for (int64_t u = own.begin; u < own.end; ++u) input_panel(u, low, high);
+      if constexpr (kDigits)
+        input_rows.template product<Cell::kVectors, Cell::kInputLast>(high - low, own, tiles,
+                                                                      [&](int64_t u) { return sums(u, low, low); });
     };
     const auto take = [&](const Walk& step, int64_t low) {
       tiles.set_rows(kDigits ? step.rows() : 0);
@@ -139,9 +140,7 @@ class Layer {
 
   void input_panel(int64_t u, int64_t low, int64_t high) {
     fill_bias(sums(u, low, low), a.bias + u * kPanel, high - low);
-    if constexpr (kDigits) {
-      input_parts_.product<Cell::kVectors, Cell::kInputLast>(high - low, a.w_ih, u, sums(u, low, low));
-    } else {
+    if constexpr (!kDigits) {
       const auto weights = panel(a.w_ih, u, a.inputs);
       const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
       panel_product<Cell::kVectors, Cell::kInputLast>(input, high - low, weights, a.inputs, sums(u, low, low), kPanel);
@@ -171,7 +170,7 @@ class Layer {
   int64_t total_, panels_, gate_rows_;
   float* sums_;  // [panels][gate_rows][4][L]
   bool save_;
-  InputParts input_parts_;  // of a chunk
+  InputRows input_rows_;
   StateDigits states_;
   int64_t scratch_;  // floats in use
 };

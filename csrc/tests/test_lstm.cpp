@@ -272,6 +272,12 @@ FASTLM_TEST(lstm_in_digits_agrees_with_double) {
     forward_is_right(make_layer(140, 48, 0, std::vector<int64_t>(2, 270), reverse), true);  // of rows
     backward_is_right(make_layer(3, 18, 0, kRagged, reverse), true);
     backward_is_right(make_layer(2, 1, 0, {17, 17}, reverse), true);
+    for (int64_t every : {1, 3, 40}) {  // rows too large for digits
+      Layer l = make_layer(70, 35, 0, std::vector<int64_t>(4, 140), reverse);
+      for (int64_t row = 0; row < l.rows(); row += every)
+        for (int64_t i = 0; i < l.inputs; ++i) l.input[row * l.inputs + i] *= 10;
+      forward_is_right(l, true);
+    }
   }
 }
 

@@ -28,8 +28,8 @@ def _run(kind: str, x: torch.Tensor, hidden: int, weights: list[torch.Tensor]) -
 def test_features_of_different_scales(kind: str, scale: float, inputs: int) -> None:
     """An input need not have one scale: prices beside shares. Float keeps each product's digits, so must every kernel.
 
-    Integers in units of a row's largest number, right for states between -1 and 1, do not (csrc/cpu/digits.h): an input
-    is multiplied in floats, or as bfloat16 parts (csrc/cpu/amx.h).
+    Integers in units of a row's largest number, right for states between -1 and 1, do not (csrc/cpu/digits.h): such an
+    input is multiplied in floats, or as bfloat16 parts (csrc/cpu/amx.h).
     """
     torch.manual_seed(0)
     steps, batch, hidden = 6, 21, 72
@@ -38,6 +38,24 @@ def test_features_of_different_scales(kind: str, scale: float, inputs: int) -> N
     with torch.no_grad():
         x[..., :8] *= scale
         module.weight_ih_l0[:, :8] /= scale
+        weights = list(module.parameters())
+        with ops.backend("reference"):
+            exact = _run(kind, x.double(), hidden, [w.double() for w in weights])
+        with ops.backend("cpu"):
+            fast = _run(kind, x, hidden, weights)
+        assert_close_to_reference(fast, module(x)[0], exact)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_rows_of_different_scales(kind: str) -> None:
+    """Small rows go in digits, large ones as parts; the same chunk has both."""
+    torch.manual_seed(2)
+    steps, batch, inputs, hidden = 30, 24, 70, 72  # more than a chunk
+    module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[kind](inputs, hidden)
+    x = torch.randn(steps, batch, inputs) * torch.logspace(-4, 2, 20)[torch.randint(20, (steps, batch, 1))]
+    x[3, 5], x[4, 5, 1:] = 0, 0
+    with torch.no_grad():
         weights = list(module.parameters())
         with ops.backend("reference"):
             exact = _run(kind, x.double(), hidden, [w.double() for w in weights])
