@@ -64,5 +64,5 @@ def _case(pool: Pool, door: str) -> Case:
         moved=size.nbytes * _TOKENS,
         resident=size.nbytes,
         flops=2 * size.elements * _TOKENS,
-        note="a Q4_0 copy drafts, so not every token reads all weights" if door == "float32" else "",
+        note="a Q8_0 copy drafts, so not every token reads all weights" if door == "float32" else "",
     )

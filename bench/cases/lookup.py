@@ -29,8 +29,8 @@ def cases() -> Iterator[Case]:
     at_one = "open-ended text, temperature 1"
     yield _case("prompt lookup, SmolLM2-135M Q4_1", at_one, lm, open_ended, 0.97, temperature=1.0)
     plain = fastlm.load(models.smollm2("F32"))
-    draft = quantized_copy(plain.model, "Q4_0")
-    name = "drafts by a Q4_0 copy, SmolLM2-135M float32"
+    draft = quantized_copy(plain.model, "Q8_0")
+    name = "drafts by a Q8_0 copy, SmolLM2-135M float32"
     yield _case(name, "open-ended text, greedy", plain, open_ended, 1.3, draft)
     yield _case(name, at_one, plain, open_ended, 0.97, draft, temperature=1.0)
 

@@ -26,8 +26,8 @@ from fastlm.reference.quantized import KINDS
 
 __all__ = ["DRAFT_TOKENS", "ModelDraft", "quantized_copy"]
 
-DRAFT_TOKENS = 3
-"""How many to guess unless told: with the token before them a tile of four rows."""
+DRAFT_TOKENS = 7
+"""How many to guess unless told: with the token before them a tile of eight rows."""
 
 
 class ModelDraft:

@@ -401,8 +401,9 @@ class Engine:
 
     def _guess(self, request: Request) -> list[tuple[list[int], Tensor]]:
         """Guessed tokens that proved right and the one after them; nothing where a plain step is the better choice."""
-        count = request.params.draft_tokens
-        if self._steps_left(request) < count + 1 or self._recordings.why_not is not None:
+        count, left = request.params.draft_tokens, self._steps_left(request)
+        room = self._max_length is None or len(request.ids) + count <= self._max_length
+        if left < 2 or not room or self._recordings.why_not is not None:
             return []
         request.guessing = request.guessing and self._pace.goes_on(count)
         if not request.guessing and self._pace.waiting:
@@ -427,10 +428,11 @@ class Engine:
         right = 0
         while right < len(guesses) and tokens[right] == guesses[right] and tokens[right] not in self._stop_ids:
             right += 1
+        right = min(right, left - 1)
         # The step has appended the last token and all guesses; what follows a wrong one is forgotten.
         self._state.lengths[request.slot] -= count - right
         self._recordings.stale()
-        if recorded and request.guessed:
+        if recorded and request.guessed and left > count:
             self._pace.guessed(time.perf_counter() - start, right + 1)
         request.guessed = True
         assert recording.logits is not None
@@ -448,7 +450,7 @@ class Engine:
             start = time.perf_counter()
         if not request.guessing:
             return [], start
-        guesses = draft.propose(request.ids, count)[:count]
+        guesses = draft.propose(request.ids, min(count, self._steps_left(request) - 1))[:count]
         # The recording is made once: for many guesses, and enough text to come.
         if not recorded and (len(guesses) < count or not self._pace.promising(count, left, recorded)):
             return [], start

@@ -60,7 +60,7 @@ class LanguageModel:
     text for a prompt, alone or in a list, wherever it stands; equal prompts in one list get different draws.
 
     `kv_dtype` is what generation keeps keys and values in, as in `CausalLM.make_state`. A `draft_model` of the same
-    vocabulary guesses `draft_tokens` tokens ahead of a single prompt (3 if that option is not given): the same text,
+    vocabulary guesses `draft_tokens` tokens ahead of a single prompt (7 if that option is not given): the same text,
     sooner where it guesses well.
 
     The KV cache and the recorded steps of the last call serve the next one, unless the model has changed meanwhile: its

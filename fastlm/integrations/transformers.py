@@ -139,7 +139,7 @@ def generate(
     Args:
         weights: passed to `model.generate` beside `custom_generate`, quantises matrices: see `convert`.
         draft: likewise: a kind ("Q4_0", "Q8_0", ...) to which a copy of the model is quantised that guesses ahead: the
-            same text, sooner, for a fraction of the model's memory. "auto": "Q4_0" where that pays, which is greedy
+            same text, sooner, for a fraction of the model's memory. "auto": "Q8_0" where that pays, which is greedy
             text of one prompt from weights that are not quantised; None: no copy.
         draft_tokens: how many tokens to guess; without a copy, from the text itself. See `fastlm.SamplingParams`.
 
@@ -171,7 +171,7 @@ def generate(
     prompts = [row if mask is None else row[mask[at].bool()] for at, row in enumerate(input_ids)]
     seed = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
     if draft == "auto":
-        draft = "Q4_0" if weights is None and not generation_config.do_sample and len(prompts) == 1 else None
+        draft = "Q8_0" if weights is None and not generation_config.do_sample and len(prompts) == 1 else None
     options["seed"] = seed
     options["draft_tokens"] = draft_tokens if draft_tokens is not None else DRAFT_TOKENS if draft else 0
     params = SamplingParams.of(**options)

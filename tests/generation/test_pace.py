@@ -142,8 +142,8 @@ def test_gains_resume_after_failures(measure: Measure, failures: int) -> None:
     for at in range(failures):
         text += [*line[: 24 + at], *(draw.randrange(1, 1000) for _ in range(20))]
     repeats = len(text)
-    text += line * 8
-    gain, script = measure(lambda ids, _: text[len(ids)], len(text) - len(PROMPT))
+    text += line * 9
+    gain, script = measure(lambda ids, _: text[len(ids)], len(text) - len(line) - len(PROMPT))  # a round reads on
     assert script.rounds > failures and gain > 1.2
     resumed = min(at for at in script.at if at > repeats + 40)
     end = max(script.at)

@@ -89,6 +89,19 @@ def test_right_guesses_save_steps(model: CausalLM) -> None:
     assert decoder.why_not_captured is None
 
 
+def test_the_last_tokens_are_guessed_too(model: CausalLM) -> None:
+    prompt = [1, 2, 3]
+    want = _run(model, prompt, max_new_tokens=43, temperature=0)
+    draft = Oracle([*prompt, *(token for token, _, _ in want)], 0)
+    params = SamplingParams.of(max_new_tokens=43, temperature=0, draft_tokens=7)
+    decoder = Decoder(model, [prompt], params, draft=draft)
+    steps = []
+    while decoder.active:
+        steps.append([token.id for token in decoder.step()])
+    assert [token for step in steps for token in step] == [token for token, _, _ in want]
+    assert [len(step) for step in steps] == [1, 1, 1, *[8] * 5]
+
+
 def test_a_stop_token_among_the_guesses_ends_the_row(model: CausalLM) -> None:
     prompt = [1, 2, 3]
     free = _run(model, prompt, max_new_tokens=30, temperature=3.0)
