@@ -42,8 +42,15 @@ struct Crew {
 
 // A row of so many elements is drawn with near weights first.
 constexpr int64_t kNearFrom = 1024;
-// So many elements are work for a thread: less, and meeting the others takes longer.
+// So many elements are work for a thread, four times as many where only their maximum and a few others are looked at:
+// for less, meeting the others takes longer.
 constexpr int64_t kThreadFrom = 16384;
+
+// What each thread of a crew has found, for the others.
+struct Share {
+  int64_t weight;
+  float maximum;
+};
 
 // What a crew works in.
 struct Scratch {
@@ -51,13 +58,18 @@ struct Scratch {
   float* e;          // [vocab, padded] relative probabilities
   uint32_t* counts;  // [vocab] of history; zero between calls
   int32_t* ids;      // [vocab] of what top_k keeps
-  uint64_t* keys;    // [vocab] for top_k; or a sum of each thread
+  uint64_t* keys;    // [vocab] for top_k
   int64_t* sums;     // [groups] of weights
   float* maxima;     // [groups, kLanes]
+  char* shares;      // a Share at the beginning of each thread's scratch
+  int64_t stride;    // from one to the next, bytes
+
+  Share& share(int thread) const { return *reinterpret_cast<Share*>(shares + thread * stride); }
 };
 
 Scratch scratch_of(const SampleArgs& a, int thread) {
-  char* p = static_cast<char*>(a.scratch) + sample_scratch_bytes(a.scratch_vocab) * thread;
+  const auto stride = int64_t(sample_scratch_bytes(a.scratch_vocab));
+  char* p = static_cast<char*>(a.scratch) + stride * thread;
   const int64_t padded = sample_padded(a.scratch_vocab);
   const auto take = [&](int64_t bytes) {
     char* const start = p;
@@ -65,6 +77,8 @@ Scratch scratch_of(const SampleArgs& a, int thread) {
     return start;
   };
   Scratch s;
+  s.shares = take(sizeof(Share));
+  s.stride = stride;
   s.keys = reinterpret_cast<uint64_t*>(take(padded * 8));
   s.logits = reinterpret_cast<float*>(take(padded * 4));
   s.e = reinterpret_cast<float*>(take(padded * 4));
@@ -153,11 +167,11 @@ void find_maxima(const float* x, int64_t n, Range groups, float* maxima) {
   }
 }
 
-// The maximum of the row; NaN where it has NaN or +inf.
-float maximum_of(const float* maxima, int64_t groups) {
+// The maximum of the groups; NaN where they have NaN or +inf.
+float maximum_of(const float* maxima, Range groups) {
   vf best = broadcast(-kInfinity);
   vi fine = ~vi{};
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
     const vf v = load(maxima + g * kLanes);
     fine &= v < kInfinity;
     best = v > best ? v : best;
@@ -331,28 +345,53 @@ int64_t draw_nearly(const float* x, int64_t n, float maximum, const Options& o, 
   const Range groups = crew.groups(n);
   weigh_nearly(x, n, groups, maximum, scale_of(o.temperature), s);
   crew.meet();
-  const int64_t total = total_of(n, s);
-  const Found drawn = find({}, n, target_of(random64(o.seed, o.sequence, o.position, 0), total), s);
-  // The target and the sum up to a token are off by the error of what lies below times 1 - r and of what lies above
-  // times r, the target being the part r of the total: half the total's at most, and in the token's group, of which
-  // one part was summed by element and all of it as one, at most that group's twice over.
-  const double tolerance = kNearError * (0.5 * double(total) + 2 * double(drawn.group_sum)) + 2 * double(n);
-  if (double(drawn.slack) <= tolerance) return -1;
-  if (o.top_p >= 1) return drawn.index;
-  // At least what has the token's probability or more.
-  const vf threshold = broadcast(s.e[drawn.index] * (1 - 0x1p-20f));
-  int64_t sum = 0;
-  for (int64_t g = groups.begin; g < groups.end; ++g)
-    sum += near_sum([&](int64_t i) {
-      const vf e = load(s.e + g * kGroup + i);
-      return select(e >= threshold, e, vf{});
-    });
-  s.keys[crew.thread] = uint64_t(sum);
-  crew.meet();
-  int64_t ahead = -weight_of(s.e[drawn.index]);
-  for (int thread = 0; thread < crew.threads; ++thread) ahead += int64_t(s.keys[thread]);
-  const auto room = double(wanted_of(o.top_p, total) - ahead);
-  return room > kNearError * 2 * double(total) + 4 * double(n) ? drawn.index : -1;
+  int64_t total = total_of(n, s);
+  const int64_t wanted = o.top_p < 1 ? wanted_of(o.top_p, total) : INT64_MAX;
+  const double margin = kNearError * 2 * double(total) + 4 * double(n);  // of two sums, each within the total
+  double uncertain = 0;  // what weights that may be in the prefix or not come to
+  Prefix prefix;
+  for (uint32_t lane = 0;; ++lane) {
+    const int64_t target = target_of(random64(o.seed, o.sequence, o.position, lane), total);
+    const Found drawn = find(prefix, n, target, s);
+    // With the target r times the total, it and the sum up to a token differ by 1 - r times the error of what lies
+    // below it and r times that of what lies above: half the total's at most, and twice the group's, of which one part
+    // is summed by element and all of it as one.
+    const double error = kNearError * (0.5 * double(total) + 2 * double(drawn.group_sum)) + 2 * double(n) + uncertain;
+    if (double(drawn.slack) <= error) return -1;
+    if (o.top_p >= 1) return drawn.index;
+    // Whoever is ahead of the token is so by its near weight, unless that is within 2^-20 of the token's.
+    const float e = s.e[drawn.index], low = e * (1 - 0x1p-20f), high = e * (1 + 0x1p-20f);
+    // Groups that weigh less than the token have none such.
+    const auto least_sum = int64_t(double(weight_of(e)) * (1 - 0x1p-19));
+    int64_t sum = 0;
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+      if (s.sums[g] < least_sum) continue;
+      sum += near_sum([&](int64_t i) {
+        const vf v = load(s.e + g * kGroup + i);
+        return select(v >= low, v, vf{});
+      });
+    }
+    s.share(crew.thread).weight = sum;
+    crew.meet();
+    int64_t most = -weight_of(e);
+    for (int thread = 0; thread < crew.threads; ++thread) most += s.share(thread).weight;
+    if (double(wanted - most) > margin + uncertain) return drawn.index;
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+      if (s.sums[g] < least_sum) {
+        s.sums[g] = 0;
+        continue;
+      }
+      s.sums[g] = near_sum([&](int64_t i) {
+        const vf v = load(s.e + g * kGroup + i);
+        return select(v > high, v, vf{});
+      });
+    }
+    crew.meet();
+    total = total_of(n, s);
+    if (double(total - wanted) <= margin) return -1;
+    uncertain += double(most - total) + margin;
+    prefix = {high, 0};
+  }
 }
 
 // An element of x, drawn by the weights of those that top_p and min_p keep.
@@ -398,10 +437,17 @@ int64_t sample_row(const SampleArgs& a, int64_t row, const Scratch& s, const Cre
     if (!s.sums[0]) return -1;
     x = s.logits;
   }
-  find_maxima(x, n, crew.groups(n), s.maxima);
+  const Range groups = crew.groups(n);
+  find_maxima(x, n, groups, s.maxima);
+  s.share(crew.thread).maximum = maximum_of(s.maxima, groups);
   crew.meet();
-  const float maximum = maximum_of(s.maxima, groups_of(n));
-  if (!(maximum > -kInfinity)) return -1;
+  float maximum = -kInfinity;
+  for (int thread = 0; thread < crew.threads; ++thread) {
+    const float other = s.share(thread).maximum;
+    maximum = other <= maximum ? maximum : other;  // NaN stays
+    if (maximum != maximum) return -1;
+  }
+  if (maximum == -kInfinity) return -1;
   if (o.temperature != 0 && (o.top_k == 0 || o.top_k >= n)) return draw(x, n, maximum, o, s, crew);
   if (crew.thread > 0) return -1;
   if (o.temperature == 0) return first_maximum(x, n, maximum, s.maxima);
@@ -413,17 +459,18 @@ int64_t sample_row(const SampleArgs& a, int64_t row, const Scratch& s, const Cre
 }  // namespace
 
 int64_t sample(const SampleArgs& args) {
-  const bool large = args.vocab >= 2 * kThreadFrom;
-  const int64_t work = large ? args.batch * (args.vocab / kThreadFrom) : args.batch;
-  parallel(int(least(args.threads, work)), [&](int thread, int team, Barrier& barrier) {
+  const bool light = (args.top_k.rows == nullptr && args.top_k.value > 0) ||
+                     (args.temperature.rows == nullptr && args.temperature.value == 0);
+  const int64_t most = args.vocab / (light ? 4 * kThreadFrom : kThreadFrom);  // threads for one row
+  parallel(int(least(args.threads, args.batch * (most > 1 ? most : 1))), [&](int thread, int team, Barrier& barrier) {
     Barrier alone(1);
-    const int64_t together = large ? args.batch % team : 0;
+    const int64_t together = most > 1 ? args.batch % team : 0;
     const Range rows = share(args.batch - together, thread, team);
     const Scratch own = scratch_of(args, thread), first = scratch_of(args, 0);
     for (int64_t row = rows.begin; row < rows.end; ++row)
       args.tokens[row] = sample_row(args, row, own, {0, 1, alone});
     for (int64_t row = args.batch - together; row < args.batch; ++row) {
-      if (team > 1) barrier.wait();  // the scratch may be in use
+      if (row > 0 && team > 1) barrier.wait();  // the scratch may be in use
       const int64_t token = sample_row(args, row, first, {thread, team, barrier});
       if (thread == 0) args.tokens[row] = token;
     }

@@ -74,20 +74,28 @@ int64_t weight_of(float e) {
 // Nearly the sums of weights. The logarithm y is the reference's to the bit; 2^y has its polynomial with one rounding
 // a step in place of two and is summed in float. With u = 2^-24: e is within 3 u of the reference's (2^y lies in
 // [0.7, 1.42] before its exponent is added: half a unit in the last place there for each of both, and a third of that
-// for the step before), and a sum within a group within 13 u of its own terms': 7 additions to each of 4 sums, 2 to
-// join them, 4 across the lanes. Together less than this share of a group's weight:
-constexpr double kNearError = 20 * 0x1p-24;
+// for the step before), and a sum within a group within 9 u of its own terms': 7 additions to each of 4 sums, 2 to
+// join them; across the lanes it is of doubles. Together less than this share of a group's weight:
+constexpr double kNearError = 14 * 0x1p-24;
 // besides, what an integer rounds off and what the reference has no weight for: less than 2 for each element.
 
 #if defined(__AVX512DQ__)
 FASTLM_INLINE vf multiply_add(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-FASTLM_INLINE float sum_of(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+FASTLM_INLINE double sum_of(vf v) {
+  const __m256 low = _mm512_castps512_ps256((__m512)v), high = _mm512_extractf32x8_ps((__m512)v, 1);
+  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(low), _mm512_cvtps_pd(high)));
+}
 #elif defined(__FMA__)
 FASTLM_INLINE vf multiply_add(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-FASTLM_INLINE float sum_of(vf v) { return reduce_add(v); }
 #else
 FASTLM_INLINE vf multiply_add(vf a, vf b, vf c) { return a * b + c; }
-FASTLM_INLINE float sum_of(vf v) { return reduce_add(v); }
+#endif
+#if !defined(__AVX512DQ__)
+FASTLM_INLINE double sum_of(vf v) {
+  double sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += double(v[i]);
+  return sum;
+}
 #endif
 
 // 2^y for y <= 0, -inf too; less than 2^-39 is 2^-40 or less.
@@ -122,7 +130,7 @@ FASTLM_INLINE int64_t near_sum(const Term& term) {
     sums[2] += term(i + 2 * kLanes);
     sums[3] += term(i + 3 * kLanes);
   }
-  return int64_t(double(sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]))) * 0x1p38);
+  return int64_t(sum_of((sums[0] + sums[1]) + (sums[2] + sums[3])) * 0x1p38);
 }
 
 }  // namespace

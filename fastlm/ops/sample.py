@@ -47,10 +47,6 @@ _CHECKS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 _REALS = 6
 
 
-_CALLS: dict[tuple[object, ...], cpu.Call] = {}
-_MOST_CALLS = 256
-
-
 @functools.lru_cache(maxsize=64)
 def _row_numbers(batch: int) -> Tensor:
     return torch.arange(batch, device="cpu")
@@ -236,22 +232,15 @@ def sample(
         TypeError: an option is not a number.
     """
     # Plain calls with the same options again and again: what was checked and chosen for these holds.
-    known: tuple[object, ...] | None = None
-    if (
-        type(position) is int
-        and 0 <= position < 2**32
-        and logit_bias is history is history_lengths is prompt_lengths is None
-        and plain()
-    ):
-        known = logits.shape, logits.stride(), logits.dtype, logits.device, temperature, top_p, min_p, top_k, seed
-        known = (*known, sequence, repetition_penalty, presence_penalty, frequency_penalty, native.CPU.module)
-        try:
-            call = _CALLS.get(known)
-        except TypeError:  # an option that has no hash
-            known = call = None
-        tokens = None if call is None else call(logits, position)
+    known = cpu.known if logit_bias is history is history_lengths is prompt_lengths is None and plain() else None
+    if known is not None:
+        tokens = known(
+            logits, temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, top_k, seed,
+            sequence, position, native.num_threads(),
+        )  # fmt: skip
         if tokens is not None:
             return tokens
+    given = sequence
     bias = None if logit_bias is None else _dense_bias(logit_bias, logits)
     if sequence is None:
         batch = logits.shape[0]
@@ -273,15 +262,15 @@ def sample(
         lengths = [None if n is None else _as_tensor(n, False) for n in (history_lengths, prompt_lengths)]
         return _sample(logits, tensors, bias, history, *lengths)
     result = _run(logits, options, bias, history, history_lengths, prompt_lengths)
+    asked = (*options[:8], given)
     if (
         known is not None
-        and not any(isinstance(option, Tensor) for option in known)
+        and type(position) is int
+        and all(type(option) in (float, int, type(None)) for option in asked)
         and logits.dtype == torch.float32
         and logits.stride(1) == 1
         and cpu.why_not(logits) is None
     ):
-        if len(_CALLS) >= _MOST_CALLS:
-            _CALLS.clear()
         batch = len(logits)
-        _CALLS[known] = cpu.Call(logits, [_normalised(index, option, batch) for index, option in enumerate(options)])
+        cpu.remember(logits, asked, [_normalised(index, option, batch) for index, option in enumerate(options)])
     return result

@@ -51,9 +51,9 @@ struct SampleArgs {
 constexpr int64_t sample_padded(int64_t vocab) { return (vocab + 1023) / 1024 * 1024; }
 
 // Per element: sort keys (8), processed logits, relative probabilities, history counts, ids (4 each); per 32 elements
-// at most a maximum (4), per 128 at most a sum (8).
+// at most a maximum (4), per 128 at most a sum (8); and a line for what threads tell each other.
 constexpr std::size_t sample_scratch_bytes(int64_t vocab) {
-  return std::size_t(sample_padded(vocab) * 24 + sample_padded(vocab) * 3 / 16);
+  return std::size_t(sample_padded(vocab) * 24 + sample_padded(vocab) * 3 / 16 + 64);
 }
 
 // Returns -1, or the lowest row that cannot be drawn from: NaN, +inf or nothing but -inf in its logits after bias and

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from fastlm.kernels import native
 from fastlm.reference import sample as reference
 from fastlm.reference.sample import Option
 
-__all__ = ["Call", "arguments", "run", "why_not"]
+__all__ = ["arguments", "forget", "known", "remember", "run", "why_not"]
 
 
 def why_not(logits: Tensor, *_: object) -> str | None:
@@ -76,26 +76,34 @@ def arguments(
     )  # fmt: skip
 
 
-class Call:
-    """`sample` with the same shape and options once more, which have been checked: numbers, but for `sequence`."""
+# (logits, options as `_run` of fastlm.ops.sample has them, threads): the tokens [B] if logits of this layout and these
+# options, but for the position, were remembered and no row is refused; else None. None are where torch does not show
+# its tensors to native code.
+known: Callable[..., Tensor | None] | None = None
+if native.shows_tensors():
+    known = native.CPU.require().sample_known
 
-    def __init__(self, logits: Tensor, options: Sequence[Option]) -> None:
-        self._alive: list[Tensor] = []
-        self._batch = len(logits)
-        reals, real_rows = _split(options[:6], torch.float64, logits.device, self._alive)
-        integers, integer_rows = _split((*options[6:], 0, 0), torch.int64, logits.device, self._alive)
-        self._sizes = logits.stride(0), *logits.shape, reals, real_rows
-        self._integers, self._integer_rows = integers[:3], integer_rows
-        self._kernel = native.CPU.require().sample
 
-    def __call__(self, logits: Tensor, position: int) -> Tensor | None:
-        """The tokens [B]; None where a row is refused."""
-        tokens = torch.empty(self._batch, dtype=torch.int64, device="cpu")
-        refused = self._kernel(
-            logits.data_ptr(), *self._sizes, [*self._integers, position, 0, 0], self._integer_rows,
-            0, 0, 0, 0, 0, tokens.data_ptr(), native.num_threads(),
-        )  # fmt: skip
-        return tokens if refused < 0 else None
+def remember(logits: Tensor, given: Sequence[object], options: Sequence[Option]) -> None:
+    """Lets `known` serve calls like this one, which was checked and which `why_not` has nothing against.
+
+    Args:
+        logits: float32, contiguous along the vocabulary.
+        given: the options without the position, as float, int or None.
+        options: all of them as numbers, but for `sequence`, which may be a tensor [B].
+    """
+    alive: list[Tensor] = []
+    native.CPU.require().sample_remember(
+        logits.stride(0), *logits.shape,
+        *_split(options[:6], torch.float64, logits.device, alive),
+        *_split((*options[6:], 0, 0), torch.int64, logits.device, alive),
+        tuple(given), torch.empty_like, torch.empty(len(logits), dtype=torch.int64, device="cpu"), alive,
+    )  # fmt: skip
+
+
+def forget() -> int:
+    """Forgets what was remembered; returns how many calls that were."""
+    return int(native.CPU.require().sample_forget())
 
 
 def run(
