@@ -7,7 +7,7 @@
 // on the sequence alone.
 #include "fastlm/attention_decode.h"
 
-#include "convert.h"
+#include "attention_decode_tiles.h"
 #include "reduce.h"
 #include "simd_math.h"
 #include "threads.h"
@@ -17,24 +17,28 @@ namespace FASTLM_ISA {
 
 // Keys per task, multiples of kLanes: few at first, so that a short context keeps all threads busy; more behind, where
 // what a task costs beside its keys would add up.
-static constexpr int kNarrow = 64, kWide = 256, kNarrows = 16;
+static constexpr int kNarrow = 64, kMiddle = 128, kWide = 256;
+static constexpr int kMiddleFrom = 128, kWideFrom = 1024;  // positions
 static constexpr int kTogether = 4;      // queries that share one reading of a key or value
 static constexpr int64_t kTokens = 32;   // new tokens per pass: bounds the scratch
 // Less work than this for each does not pay for a second thread that has to be woken, or for one of a team, awake already.
 static constexpr int64_t kBytesPerThread = 128 << 10, kBytesPerTeammate = 8 << 10;
-// Rows that are fetched before their turn; an address behind the last does no harm.
-static constexpr int kKeysAhead = 32, kValuesAhead = 8;
 static constexpr int kMaxDim = kAttentionDecodeMaxDim;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
+static constexpr int kNarrows = kMiddleFrom / kNarrow, kMiddles = (kWideFrom - kMiddleFrom) / kMiddle;
 static inline int64_t chunk_of(int64_t position) {
-  const int64_t behind = position - kNarrows * kNarrow;
-  return behind < 0 ? position / kNarrow : kNarrows + behind / kWide;
+  if (position < kMiddleFrom) return position / kNarrow;
+  if (position < kWideFrom) return kNarrows + (position - kMiddleFrom) / kMiddle;
+  return kNarrows + kMiddles + (position - kWideFrom) / kWide;
 }
 static inline int64_t chunk_begin(int64_t chunk) {
-  return chunk < kNarrows ? chunk * kNarrow : kNarrows * kNarrow + (chunk - kNarrows) * kWide;
+  if (chunk < kNarrows) return chunk * kNarrow;
+  if (chunk < kNarrows + kMiddles) return kMiddleFrom + (chunk - kNarrows) * kMiddle;
+  return kWideFrom + (chunk - kNarrows - kMiddles) * kWide;
 }
 
 // The keys [low, high) that one query sees.
@@ -86,21 +90,6 @@ FASTLM_INLINE vf widen_partial(const T* p, int n) {
   return widen(lanes);
 }
 
-// Keys or values of one key/value head, row j - base being that of position j. Integers have their scale behind them.
-template <class T>
-struct Rows {
-  const T* data;
-  int64_t stride;
-
-  const T* row(int64_t j) const { return data + j * stride; }
-  float scale(int64_t j, int dim) const {
-    if (sizeof(T) != 1) return 1.0f;
-    float scale;
-    std::memcpy(&scale, row(j) + dim, sizeof(scale));
-    return scale;
-  }
-};
-
 // Whether the d-th of a row's numbers is the first that 64 bytes hold.
 template <class T>
 FASTLM_INLINE bool begins_line(int d) {
@@ -137,17 +126,37 @@ FASTLM_INLINE void dots(const float* const* queries, const T* const* keys, int64
   }
 }
 
-// sums[q][d] += weights[q][j] * values[j][d] for the rows [from, to), N vectors from d on.
+// What `deal` has made, as it was.
+template <int... I>
+FASTLM_INLINE void join(vf& x, vf& y, std::integer_sequence<int, I...>) {
+  const vf low = __builtin_shufflevector(x, y, (I / 2 + I % 2 * kLanes)...);
+  const vf high = __builtin_shufflevector(x, y, (I / 2 + I % 2 * kLanes + kLanes / 2)...);
+  x = low, y = high;
+}
+
+// sums[q][d] += weights[q][j] * values[j][d] for the rows [from, to), N vectors from d on. Of bfloat16, two vectors are
+// the even and the odd numbers, which a shift and a mask make floats.
 template <int Q, int N, class T>
 FASTLM_INLINE void add_weighted(float* const* sums, const float* const* weights, Rows<T> values, int64_t from,
                                 int64_t to, int d) {
+  constexpr bool pairs = sizeof(T) == 2 && N % 2 == 0;
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
   vf s[Q][N];
-  for (int q = 0; q < Q; ++q)
+  for (int q = 0; q < Q; ++q) {
     for (int i = 0; i < N; ++i) s[q][i] = load(sums[q] + d + i * kLanes);
+    for (int i = 0; pairs && i < N; i += 2) deal(s[q][i], s[q][i + 1], lanes);
+  }
   for (int64_t j = from; j < to; ++j) {
     const T* row = values.row(j) + d;
     vf v[N];
-    for (int i = 0; i < N; ++i) v[i] = widen(row + i * kLanes);
+    if (pairs)
+      for (int i = 0; i < N; i += 2) {
+        const vu words = load_as<vu>(row + i * kLanes);
+        v[i] = (vf)(words << 16);
+        v[i + 1] = (vf)(words & 0xffff0000);
+      }
+    else
+      for (int i = 0; i < N; ++i) v[i] = widen(row + i * kLanes);
     for (int i = 0; i < N; ++i)
       if (begins_line<T>(i * kLanes)) __builtin_prefetch(row + i * kLanes + kValuesAhead * values.stride);
     for (int q = 0; q < Q; ++q) {
@@ -155,8 +164,10 @@ FASTLM_INLINE void add_weighted(float* const* sums, const float* const* weights,
       for (int i = 0; i < N; ++i) s[q][i] += w * v[i];
     }
   }
-  for (int q = 0; q < Q; ++q)
+  for (int q = 0; q < Q; ++q) {
+    for (int i = 0; pairs && i < N; i += 2) join(s[q][i], s[q][i + 1], lanes);
     for (int i = 0; i < N; ++i) store(sums[q] + d + i * kLanes, s[q][i]);
+  }
 }
 template <int Q, class T>
 static void add_values(float* const* sums, const float* const* weights, Rows<T> values, int64_t from, int64_t to,
@@ -179,59 +190,97 @@ struct Query {
   float slope;
 };
 
-// Scores of one query against its chunk, from the dot products in scores[j - base]; returns the largest, and leaves
-// exp(score - largest) in place and their sum in *total.
-static float softmax(const AttentionDecode& a, const Query& query, int64_t base, float* scores, float* total) {
-  const int64_t begin = (query.keys.low - base) / kLanes * kLanes;
-  const int64_t end = query.keys.high - base;
-  vf iota;
-  for (int l = 0; l < kLanes; ++l) iota[l] = static_cast<float>(l);
-  vf largest = broadcast(-__builtin_inff());
-  for (int64_t j = begin; j < end; j += kLanes) {
-    vf s = load(scores + j);
-    if (a.softcap > 0) s = tanh(s / a.softcap) * a.softcap;
-    if (a.slopes != nullptr) s += (iota + static_cast<float>(base + j - query.position)) * query.slope;
-    store(scores + j, s);
+#if defined(__AVX512F__)
+FASTLM_INLINE vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+// To the bit exp(x), for x <= 0 or NaN.
+FASTLM_INLINE vf weight_of(vf x) {
+  const ExpParts e = exp_parts(larger(broadcast(-104.0f), x));
+  return (vf)_mm512_scalef_ps((__m512)(e.expm1_r + 1.0f), (__m512)to_float(e.n));
+}
+#else
+FASTLM_INLINE vf larger(vf a, vf b) { return max(a, b); }
+FASTLM_INLINE vf weight_of(vf x) { return exp(x); }
+#endif
+
+// Turns the products of Q queries and their keys in the chunk, scores[q][j - base], into weights exp(score - largest),
+// which for integers have the values' scales in them; 0 beside the keys that a query sees, to multiples of kLanes.
+// Leaves the largest and the sum of exponentials in the partials. Step by step for all queries, which depend on nothing
+// of each other.
+template <int Q, class T>
+static void softmax(const AttentionDecode& a, const Query* queries, int64_t base, const float* key_scales,
+                    const float* value_scales, float (*scores)[kWide], float* const* partials) {
+  int64_t begin[Q], end[Q];
+  vf largest[Q], sums[Q];
+  for (int q = 0; q < Q; ++q) {
+    const int64_t low = queries[q].keys.low - base, high = queries[q].keys.high - base;
+    begin[q] = low / kLanes * kLanes;
+    end[q] = low < high ? high : begin[q];
+    largest[q] = broadcast(-__builtin_inff());
+    sums[q] = vf{};
+    if (low >= high) continue;
+    if (sizeof(T) == 1 || a.softcap > 0 || a.slopes != nullptr) {
+      vf iota;
+      for (int l = 0; l < kLanes; ++l) iota[l] = static_cast<float>(l);
+      for (int64_t j = begin[q]; j < high; j += kLanes) {
+        vf s = load(scores[q] + j);
+        if (sizeof(T) == 1) s = s * load(key_scales + j);
+        if (a.softcap > 0) s = tanh(s / a.softcap) * a.softcap;
+        if (a.slopes != nullptr) s += (iota + static_cast<float>(base + j - queries[q].position)) * queries[q].slope;
+        store(scores[q] + j, s);
+      }
+    }
+    for (int64_t j = begin[q]; j < low; ++j) scores[q][j] = -__builtin_inff();
+    for (int64_t j = high; j % kLanes != 0; ++j) scores[q][j] = -__builtin_inff();
+    for (int64_t j = begin[q]; j < high; j += kLanes) largest[q] = larger(largest[q], load(scores[q] + j));
   }
-  for (int64_t j = begin; j < query.keys.low - base; ++j) scores[j] = -__builtin_inff();
-  for (int64_t j = end; j % kLanes != 0; ++j) scores[j] = -__builtin_inff();
-  for (int64_t j = begin; j < end; j += kLanes) largest = max(largest, load(scores + j));
-  const float top = reduce_max(largest);
-  // Where every score is -inf, subtracting it would give NaN.
-  const float shift = top == -__builtin_inff() ? 0.0f : top;
-  vf sum = {};
-  for (int64_t j = begin; j < end; j += kLanes) {
-    const vf weight = exp(load(scores + j) - shift);
-    store(scores + j, weight);
-    sum += weight;
+  for (int q = 0; q < Q; ++q) {
+    const float top = partials[q][a.dim] = reduce_max(largest[q]);
+    // Where every score is -inf, subtracting it would give NaN.
+    const float shift = top == -__builtin_inff() ? 0.0f : top;
+    for (int64_t j = begin[q]; j < end[q]; j += kLanes) {
+      vf weight = weight_of(load(scores[q] + j) - shift);
+      sums[q] += weight;
+      // A weight of 0 stays so, whatever the scale of a key that its query may not see.
+      if (sizeof(T) == 1) weight = select(weight == 0.0f, weight, weight * load(value_scales + j));
+      store(scores[q] + j, weight);
+    }
   }
-  *total = reduce_add(sum);
-  return top;
+  for (int q = 0; q < Q; ++q) partials[q][a.dim + 1] = reduce_add(sums[q]);
 }
 
-// The scores of Q queries against the chunk's keys [low, high).
+// The scores of Q queries against the chunk's keys [low, high), integers without the keys' scales.
 template <int Q, class T>
 static void score(const Query* queries, Rows<T> keys, int64_t low, int64_t high, int dim, float (*scores)[kWide]) {
   const float* vectors[Q];
   for (int q = 0; q < Q; ++q) vectors[q] = queries[q].vector;
   for (int64_t block = low / kLanes * kLanes; block < high; block += kLanes) {
     const T* key[kLanes];
-    float scale[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      const int64_t j = larger(low, smaller(block + l, high - 1));
-      key[l] = keys.row(j);
-      scale[l] = keys.scale(j, dim);
-    }
+    for (int l = 0; l < kLanes; ++l) key[l] = keys.row(larger(low, smaller(block + l, high - 1)));
     vf sums[Q][kLanes];
     dots<Q>(vectors, key, keys.stride, dim, sums);
-    for (int q = 0; q < Q; ++q) store(&scores[q][block], reduce_each(sums[q]) * load(scale));
+    for (int q = 0; q < Q; ++q) store(&scores[q][block], reduce_each(sums[q]));
   }
 }
 
+// Queries that share a key/value head, prepared for all chunks.
+template <class T>
+struct alignas(64) Group {
+  float vectors[kTogether][kMaxDim];
+  QueryTiles<T> tiles;
+  bool with_tiles;
+  int64_t unit = -1, start = -1;  // which they are
+
+  void keep(int64_t of_unit, int64_t from, int count, int dim) {
+    unit = of_unit;
+    start = from;
+    if (with_tiles) tiles.fill(vectors, count, dim);
+  }
+};
+
 // One chunk for Q of the queries that share a key/value head.
 template <int Q, class T>
-static void attend(const AttentionDecode& a, const Query* queries, int64_t base, Rows<T> keys, Rows<T> values,
-                   float* const* partials) {
+static void attend(const AttentionDecode& a, const Group<T>& group, const Query* queries, int64_t base, Rows<T> keys,
+                   Rows<T> values, float* const* partials) {
   const int dim = static_cast<int>(a.dim);
   alignas(64) float scores[Q][kWide], sums[Q][kMaxDim];
   // The keys that any of them sees, and those that all do.
@@ -242,21 +291,38 @@ static void attend(const AttentionDecode& a, const Query* queries, int64_t base,
     all_low = larger(all_low, from);
     all_high = smaller(all_high, to);
   }
-  score<Q>(queries, keys, low, high, dim, scores);
+  alignas(64) float key_scales[sizeof(T) == 1 ? kWide : 1], value_scales[sizeof(T) == 1 ? kWide : 1];
+#if defined(__AVX512VNNI__)
+  if constexpr (kHasTiles<T>)
+    if (group.with_tiles && low < high) score_by_tiles<Q>(group.tiles, keys, values, low, high, dim, scores);
+#endif
+  if (!group.with_tiles) score<Q>(queries, keys, low, high, dim, scores);
+  if (sizeof(T) == 1) {
+    keys.scales(low, high, dim, key_scales);
+    values.scales(low, high, dim, value_scales);
+  }
+  softmax<Q, T>(a, queries, base, key_scales, value_scales, scores, partials);
   float* sum[Q];
   const float* weights[Q];
   for (int q = 0; q < Q; ++q) {
     sum[q] = sums[q];
     weights[q] = scores[q];
     for (int d = 0; d < dim; d += kLanes) store(&sums[q][d], vf{});
-    partials[q][dim] = -__builtin_inff();
-    partials[q][dim + 1] = 0.0f;
-    if (queries[q].keys.low >= queries[q].keys.high) continue;
-    partials[q][dim] = softmax(a, queries[q], base, scores[q], &partials[q][dim + 1]);
-    if (sizeof(T) == 1)
-      for (int64_t j = queries[q].keys.low - base; j < queries[q].keys.high - base; ++j)
-        scores[q][j] *= values.scale(j, dim);
   }
+#if defined(__AVX512VNNI__)
+  if constexpr (sizeof(T) == 1)
+    if (group.with_tiles) {
+      if (low >= high) return;
+      const int64_t from = low / kStep * kStep, to = round_up(high, kStep);
+      for (int q = 0; q < Q; ++q) {
+        const int64_t own_low = (queries[q].keys.low - base) / kLanes * kLanes;
+        const int64_t own_high = round_up(queries[q].keys.high - base, kLanes);
+        for (int64_t j = from; j < to; j += kLanes)
+          if (j < own_low || j >= own_high) store(scores[q] + j, vf{});
+      }
+      return add_values_by_tiles<Q>(partials, weights, values, low, high, dim);
+    }
+#endif
   // In order for each query: what it alone sees before the common keys, these, what is behind them.
   if (all_low >= all_high) all_low = all_high = kWide;
   for (int q = 0; q < Q; ++q)
@@ -280,7 +346,7 @@ static void fetch(Rows<T> keys, Rows<T> values, int64_t from, int64_t to, int64_
 }
 
 template <class T>
-static void run_task(const Pass& pass, int64_t b, int64_t kv_head, int64_t chunk) {
+static void run_task(const Pass& pass, Group<T>& prepared, int64_t b, int64_t kv_head, int64_t chunk) {
   const AttentionDecode& a = *pass.a;
   const int64_t row = a.rows != nullptr ? a.rows[b] : b;
   const int64_t base = chunk_begin(pass.first_chunk(b) + chunk), end = chunk_begin(pass.first_chunk(b) + chunk + 1);
@@ -293,30 +359,61 @@ static void run_task(const Pass& pass, int64_t b, int64_t kv_head, int64_t chunk
     const Visible oldest = visible(a, b, pass.first), newest = visible(a, b, pass.first + pass.tokens - 1);
     fetch(keys, values, larger(oldest.low, base) - base, smaller(newest.high, end) - base, a.dim);
   }
-  alignas(64) float vectors[kTogether][kMaxDim];
   Query queries[kTogether];
   float* partials[kTogether];
   const int64_t total = group * pass.tokens;
   for (int64_t start = 0; start < total; start += kTogether) {
     const int count = static_cast<int>(smaller(kTogether, total - start));
+    const bool known = prepared.unit == b * a.kv_heads + kv_head && prepared.start == start;
     for (int i = 0; i < count; ++i) {
       const int64_t head = kv_head * group + (start + i) / pass.tokens, token = (start + i) % pass.tokens;
       const int64_t position = a.lengths[b] - a.tokens + pass.first + token;
       const Visible own = visible(a, b, pass.first + token);
       const float* source =
           a.query + b * a.query_stride[0] + head * a.query_stride[1] + (pass.first + token) * a.query_stride[2];
-      for (int64_t d = 0; d < a.dim; ++d) vectors[i][d] = source[d] * a.scale;
-      for (int64_t d = a.dim; d % kLanes != 0; ++d) vectors[i][d] = 0.0f;
-      queries[i] = {vectors[i], position, {larger(own.low, base), smaller(own.high, end)},
+      float* const vector = prepared.vectors[i];
+      if (!known) {
+        for (int64_t d = 0; d < a.dim; ++d) vector[d] = source[d] * a.scale;
+        for (int64_t d = a.dim; d % kLanes != 0; ++d) vector[d] = 0.0f;
+      }
+      queries[i] = {vector, position, {larger(own.low, base), smaller(own.high, end)},
                     a.slopes != nullptr ? a.slopes[b * a.slopes_stride + head] : 0.0f};
       partials[i] = pass.partial_of(b, head, token, chunk);
     }
+    if (!known) prepared.keep(b * a.kv_heads + kv_head, start, count, static_cast<int>(a.dim));
     switch (count) {
-      case 1: attend<1>(a, queries, base, keys, values, partials); break;
-      case 2: attend<2>(a, queries, base, keys, values, partials); break;
-      case 3: attend<3>(a, queries, base, keys, values, partials); break;
-      default: attend<4>(a, queries, base, keys, values, partials); break;
+      case 1: attend<1>(a, prepared, queries, base, keys, values, partials); break;
+      case 2: attend<2>(a, prepared, queries, base, keys, values, partials); break;
+      case 3: attend<3>(a, prepared, queries, base, keys, values, partials); break;
+      default: attend<4>(a, prepared, queries, base, keys, values, partials); break;
     }
+  }
+}
+
+// A thread's share of the tasks.
+template <class T>
+static void run_tasks(const Pass& pass, int thread, int threads) {
+  const AttentionDecode& a = *pass.a;
+  Group<T> prepared;
+  // Each thread's share of the keys is in one piece, so that it merges what it has computed itself.
+  const Range mine = share(a.batch * a.kv_heads * pass.span, thread, threads);
+  const auto run = [&] {
+    for (int64_t b = 0, unit = 0; b < a.batch; ++b) {
+      const int64_t chunks = pass.chunk_count(b);
+      for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head, ++unit)
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          const int64_t at = unit * pass.span + pass.keys_before(b, chunk);
+          if (at >= mine.begin && at < mine.end) run_task<T>(pass, prepared, b, kv_head, chunk);
+        }
+    }
+  };
+  prepared.with_tiles = false;
+  if (kHasTiles<T> && a.dim * sizeof(T) % 64 == 0) {
+    const TileUnit unit;
+    prepared.with_tiles = unit.tiles();
+    run();
+  } else {
+    run();
   }
 }
 
@@ -371,18 +468,10 @@ void attention_decode(const AttentionDecode& a) {
     });
     parallel(static_cast<int>(wanted), [&](int thread, int threads, Barrier& barrier) {
       const Pass pass = make_pass(a, first);
-      // Each thread's share of the keys is in one piece, so that it merges what it has computed itself.
-      const Range mine = share(a.batch * a.kv_heads * pass.span, thread, threads);
-      for (int64_t task = 0; task < a.batch * a.kv_heads * pass.chunks; ++task) {
-        const int64_t chunk = task % pass.chunks, unit = task / pass.chunks, b = unit / a.kv_heads;
-        const int64_t at = unit * pass.span + pass.keys_before(b, chunk);
-        if (at < mine.begin || at >= mine.end) continue;
-        if (chunk >= pass.chunk_count(b)) continue;  // a shorter sequence
-        switch (a.type) {
-          case KvType::kFloat: run_task<float>(pass, b, unit % a.kv_heads, chunk); break;
-          case KvType::kBfloat16: run_task<uint16_t>(pass, b, unit % a.kv_heads, chunk); break;
-          case KvType::kInt8: run_task<int8_t>(pass, b, unit % a.kv_heads, chunk); break;
-        }
+      switch (a.type) {
+        case KvType::kFloat: run_tasks<float>(pass, thread, threads); break;
+        case KvType::kBfloat16: run_tasks<uint16_t>(pass, thread, threads); break;
+        case KvType::kInt8: run_tasks<int8_t>(pass, thread, threads); break;
       }
       barrier.wait();
       const Range queries = share(a.batch * a.heads * pass.tokens, thread, threads);

@@ -9,7 +9,9 @@
 
 #include "check.h"
 #include "fastlm/attention_decode.h"
+#include "fastlm/isa.h"
 #include "fastlm/kv_append.h"
+#include "fastlm/matmul.h"
 
 using fastlm::AttentionDecode;
 
@@ -185,6 +187,70 @@ FASTLM_TEST(attention_decode_reads_caches_of_fewer_bytes) {
         CHECK(c.key != before);
         CHECK(c.error() < 2e-5);
       }
+}
+
+// Where the processor has tiles: what they give and what floats do, each within the bound and one close to the other.
+FASTLM_TEST(attention_decode_by_tiles_agrees_with_floats) {
+  for (fastlm::KvType type : {fastlm::KvType::kBfloat16, fastlm::KvType::kInt8})
+    for (int64_t dim : {32, 64, 128, 192, 256})
+      for (int64_t tokens : {1, 3})
+        for (int64_t window : {kNoWindow, int64_t{100}}) {
+          Case c(tokens == 1 ? 6 : 4, 2, tokens, dim, 1400, {1400, 35, 129});
+          c.a.window = window;
+          c.a.scale = 1.0f / static_cast<float>(dim);
+          c.a.slopes = c.slopes.data();
+          c.keep_as(type);
+          CHECK(c.error() < 2e-6);
+          const std::vector<float> by_tiles = c.output;
+          fastlm::matmul_allow_tiles(false);
+          CHECK(c.error() < 2e-6);
+          fastlm::matmul_allow_tiles(true);
+          float apart = 0;
+          for (size_t i = 0; i < by_tiles.size(); ++i) apart = std::fmax(apart, std::abs(by_tiles[i] - c.output[i]));
+          CHECK(apart < 2e-6);
+          // Of whole numbers the unit adds up exactly, floats do not: equal bits would mean that one of them did not run.
+          const bool tiles = fastlm::matmul_tiles() && std::strcmp(fastlm::isa_active(), "avx512") == 0;
+          if (tiles && dim * (type == fastlm::KvType::kInt8 ? 1 : 2) % 64 == 0) CHECK(by_tiles != c.output);
+        }
+}
+
+FASTLM_TEST(attention_decode_of_few_bytes_depends_on_the_sequence_alone) {
+  for (fastlm::KvType type : {fastlm::KvType::kBfloat16, fastlm::KvType::kInt8}) {
+    Case c(6, 2, 3, 64, 1400, {1400, 3, 1025, 128});
+    c.a.window = 900;
+    c.keep_as(type);
+    const std::vector<float> together = c.run();
+    for (int threads : {1, 3, 16}) {
+      c.a.threads = threads;
+      CHECK(c.run() == together);
+    }
+    const size_t entry = together.size() / 4;
+    for (size_t b = 0; b < 4; ++b) {
+      Case one = c;
+      one.a.batch = 1;
+      one.query.assign(c.query.begin() + b * entry, c.query.begin() + (b + 1) * entry);
+      one.lengths = {c.lengths[b]};
+      one.rows = {c.rows[b]};
+      CHECK(one.run() == std::vector<float>(together.begin() + b * entry, together.begin() + (b + 1) * entry));
+    }
+  }
+}
+
+FASTLM_TEST(attention_decode_of_few_bytes_hides_no_nan_and_takes_any_magnitude) {
+  for (fastlm::KvType type : {fastlm::KvType::kBfloat16, fastlm::KvType::kInt8})
+    for (float bad : {NAN, INFINITY}) {
+      Case c(6, 2, 1, 64, 300, {300, 200});
+      c.keep_as(type);
+      c.query[64 * 4 + 7] = bad;  // head 4 of the first sequence
+      const std::vector<float>& output = c.run();
+      for (size_t i = 0; i < output.size(); ++i) CHECK(std::isnan(output[i]) == (i / 64 == 4));
+    }
+  for (float scale : {0.0f, 1e-35f, 1e-10f}) {
+    Case c(6, 2, 1, 64, 300, {300, 200});
+    c.keep_as(fastlm::KvType::kInt8);
+    c.a.scale = scale;
+    CHECK(c.error() < 2e-6);
+  }
 }
 
 FASTLM_TEST(attention_decode_comparison_finds_a_wrong_formula) {

@@ -529,8 +529,8 @@ def test_a_cache_of_few_bytes_is_read_as_the_floats_it_stands_for(
         plain = [kv_read(cache, torch.float32) for cache in caches]
         found = ops.attention_decode(query, *caches, lengths, window=window)
         want = ops.attention_decode(query, *plain, lengths, window=window)
-        if dtype is torch.bfloat16:
-            assert torch.equal(found, want)
+        if dtype is torch.bfloat16 and not (native.CPU.require().matmul_tiles() and dim == 64):
+            assert torch.equal(found, want)  # tiles add up in another order
         with ops.backend("reference"):
             by_reference = ops.attention_decode(query, *caches, lengths, window=window)
         for other in (want, by_reference):
