@@ -28,6 +28,8 @@ namespace fastlm {
 namespace FASTLM_ISA {
 namespace {
 
+constexpr int64_t kHeadStart = 10240;
+
 // The threads that draw a row together: all go through the same steps, each over groups of its own, and come to the
 // same decisions.
 struct Crew {
@@ -35,6 +37,12 @@ struct Crew {
   Barrier& barrier;
 
   Range groups(int64_t n) const { return share(groups_of(n), thread, threads); }
+  // The same for the first step, to which the first thread comes some 0.3 µs before the others: kHeadStart elements.
+  Range first_groups(int64_t n) const {
+    const int64_t ahead = threads > 1 ? kHeadStart / kGroup : 0, all = groups_of(n) + (threads - 1) * ahead;
+    const auto begin = [&](int t) { return t == 0 ? 0 : all * t / threads - ahead * (t - 1); };
+    return {begin(thread), begin(thread + 1)};
+  }
   void meet() const {
     if (threads > 1) barrier.wait();
   }
@@ -303,20 +311,27 @@ Found find(const Prefix& prefix, int64_t n, int64_t target, const Scratch& s) {
   for (; target >= s.sums[g]; ++g) target -= s.sums[g];
   const int64_t end = least((g + 1) * kGroup, n);
   int64_t i = g * kGroup;
-  for (; i + kLanes < end; i += kLanes) {
-    const vf e = load(s.e + i);
-    vi within = e > prefix.e;
-    if (i < prefix.index) {
-      vi lane;
-      for (int j = 0; j < kLanes; ++j) lane[j] = j;
-      within |= (e == prefix.e) & (lane < int32_t(least(prefix.index - i, kLanes)));
-    }
+  const auto weight_from = [&](int64_t begin, int64_t elements) {
     WeightSum sum;
-    sum.add(select(within, e, vf{}));
-    const int64_t weight = sum.total();
-    if (target < weight) break;
-    target -= weight;
-  }
+    for (int64_t at = begin; at < begin + elements; at += kLanes) {
+      const vf e = load(s.e + at);
+      vi within = e > prefix.e;
+      if (at < prefix.index) {
+        vi lane;
+        for (int j = 0; j < kLanes; ++j) lane[j] = j;
+        within |= (e == prefix.e) & (lane < int32_t(least(prefix.index - at, kLanes)));
+      }
+      sum.add(select(within, e, vf{}));
+    }
+    return sum.total();
+  };
+  constexpr int64_t kSteps[] = {8 * kLanes, kLanes};  // adding up across lanes is what takes time
+  for (const int64_t step : kSteps)
+    for (; i + step < end; i += step) {
+      const int64_t weight = weight_from(i, step);
+      if (target < weight) break;
+      target -= weight;
+    }
   for (;; ++i) {
     const int64_t weight = prefix.has(s.e[i], i) ? weight_of(s.e[i]) : 0;
     if (target < weight || i == end - 1) return {i, s.sums[g], least(target, weight - 1 - target)};
@@ -437,7 +452,7 @@ int64_t sample_row(const SampleArgs& a, int64_t row, const Scratch& s, const Cre
     if (!s.sums[0]) return -1;
     x = s.logits;
   }
-  const Range groups = crew.groups(n);
+  const Range groups = crew.first_groups(n);
   find_maxima(x, n, groups, s.maxima);
   s.share(crew.thread).maximum = maximum_of(s.maxima, groups);
   crew.meet();
