@@ -232,6 +232,64 @@ int64_t packed_digits_size(int64_t k, int64_t n, int64_t gates, int64_t k_groups
   return blocks * block_bytes(k, k_groups);
 }
 
+namespace {
+
+constexpr float kEven = 7.0f;  // times the root mean square
+
+// Of lanes that have `count` numbers each.
+bool even(vf largest, vf squares, int64_t count) {
+  return !any(largest * largest * static_cast<float>(count) > kEven * kEven * squares);
+}
+
+bool even_rows(const Evenness& a, Range rows) {
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    vi most{};
+    vf squares{};
+    for (int64_t at = 0; at < a.columns; at += kLanes) {
+      const vf x = load_until(a.matrix + i * a.columns, at, a.columns, 0.0f);
+      most = larger(most, magnitudes(x));
+      squares += x * x;
+    }
+    const vf row = as_float(vi{} + largest_of(most));
+    if (!even(row, broadcast(reduce_add(squares)), a.columns)) return false;
+  }
+  return true;
+}
+
+// Some vectors of columns at a time: whole lines of the cache.
+bool even_columns(const Evenness& a, Range vectors) {
+  constexpr int64_t kAtOnce = 4;
+  for (int64_t v = vectors.begin; v < vectors.end; v += kAtOnce) {
+    const int64_t count = vectors.end - v < kAtOnce ? vectors.end - v : kAtOnce;
+    vi most[kAtOnce] = {};
+    vf squares[kAtOnce] = {};
+    for (int64_t i = 0; i < a.rows; ++i)
+      for (int64_t w = 0; w < count; ++w) {
+        const vf x = load_until(a.matrix + i * a.columns, (v + w) * kLanes, a.columns, 0.0f);
+        most[w] = larger(most[w], magnitudes(x));
+        squares[w] += x * x;
+      }
+    for (int64_t w = 0; w < count; ++w)
+      if (!even(as_float(most[w]), squares[w], a.rows)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int64_t evenness(const Evenness& a) {
+  constexpr int64_t kWorthAThread = 1 << 16;  // numbers
+  const int64_t useful = a.rows * a.columns / kWorthAThread;
+  int64_t uneven = 0;
+  parallel(useful < 1 ? 1 : useful < a.threads ? static_cast<int>(useful) : a.threads,
+           [&](int thread, int threads, Barrier&) {
+             const bool rows = even_rows(a, share(a.rows, thread, threads));
+             const bool columns = even_columns(a, share(panels_for(a.columns, kLanes), thread, threads));
+             __atomic_fetch_or(&uneven, (rows ? 0 : 1) | (columns ? 0 : 2), __ATOMIC_RELAXED);
+           });
+  return 3 & ~uneven;
+}
+
 void pack_digits(const PackDigits& a) {
 #if defined(__AVX512F__)
   const int64_t units = a.gates != 0 ? a.n / a.gates : a.n, vectors = a.gates != 0 ? a.gates : 4;

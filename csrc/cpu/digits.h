@@ -10,8 +10,11 @@
 // and their gradients), which is all it is used for. Three bytes a weight in place of four, and tiles of int8 multiply
 // at twice the rate of bfloat16, of which float takes three parts and six products too.
 //
-// Layouts, steps = ceil(k / 64), a tile being 1 KB: rows [row / 16][steps][3 digits][16 rows][64 of k]; packed weights
-// [panels][V](16 units as floats, then [steps][3 digits][16 words][16 columns][4 of k]).
+// Layouts, steps = ceil(k / 64), a tile being 1 KB: rows [row / 16][steps][3 digits][16 rows][64 of k], or up to five
+// rows, `few`, [steps][row][3 digits][64 of k] in the first rows of one tile each; packed weights
+// [panels][V](16 units as floats, then [steps][3 digits][16 words][16 columns][4 of k]). All digits of few rows in one
+// tile need a product for each tile of weights, in place of six for three: what is left is to load the weights. The sums
+// are the same integers, so which layout is used changes no bit.
 #pragma once
 
 #include "gemm_panel.h"
@@ -20,6 +23,7 @@ namespace fastlm {
 namespace FASTLM_ISA {
 
 constexpr int64_t kDigits = 3, kTileHeight = 16, kTileDepth = 64, kTileBytes = 1024;
+constexpr int64_t kFewRows = kTileHeight / kDigits;
 constexpr float kMost = 0x7f0000;  // the largest integer of three digits is 0x7f7f7f; what is between is for rounding
 
 FASTLM_INLINE int64_t digit_steps(int64_t k) { return panels_for(k, kTileDepth); }
@@ -32,11 +36,14 @@ FASTLM_INLINE int64_t digit_rows_bytes(int64_t rows, int64_t k) { return panels_
 struct DigitRows {
   uint8_t* tiles;
   int64_t k;
+  bool few = false;  // the layout of up to kFewRows
   // The first digit of (row, k).
   uint8_t* at(int64_t row, int64_t i) const {
+    if (few) return tiles + i / kTileDepth * kTileBytes + row * kDigits * kTileDepth + i % kTileDepth;
     return tiles + row / kTileHeight * digit_strip(k) + i / kTileDepth * kDigits * kTileBytes +
            row % kTileHeight * kTileDepth + i % kTileDepth;
   }
+  int64_t next_digit() const { return few ? kTileDepth : kTileBytes; }  // bytes to it from the one before
 };
 
 // What a row is multiplied by to become integers, and what those are multiples of; from the bits of its largest
@@ -78,18 +85,19 @@ FASTLM_INLINE vi to_digits(vf scaled) {
   return (rounded + 0x808080) ^ 0x808080;
 }
 
-// 16 numbers of a row, beginning at a multiple of 16, to `at`.
-FASTLM_INLINE void put_digits(vf x, float scale, uint8_t* at) {
+// 16 numbers of a row, from i on, a multiple of 16.
+FASTLM_INLINE void put_digits(vf x, float scale, const DigitRows& rows, int64_t row, int64_t i) {
 #if defined(__AVX512F__)
   const vi digits = to_digits(x * scale);
   const auto put = [](uint8_t* to, vi bytes) {
     _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)bytes));
   };
-  put(at, digits >> 16);
-  put(at + kTileBytes, digits >> 8);
-  put(at + 2 * kTileBytes, digits);
+  uint8_t* const first = rows.at(row, i);
+  put(first, digits >> 16);
+  put(first + rows.next_digit(), digits >> 8);
+  put(first + 2 * rows.next_digit(), digits);
 #else
-  (void)x, (void)scale, (void)at;  // only levels that have tiles come here
+  (void)x, (void)scale, (void)rows, (void)row, (void)i;  // only levels that have tiles come here
 #endif
 }
 
@@ -97,10 +105,10 @@ FASTLM_INLINE void put_digits(vf x, float scale, uint8_t* at) {
 FASTLM_INLINE void put_row(const float* x, int64_t k, const DigitRows& to, int64_t row, float* unit) {
   const DigitScale by = digit_scale(largest_magnitude(x, k));
   *unit = by.unit;
-  for (int64_t i = 0; i < k; i += kLanes) put_digits(load_until(x, i, k, 0.0f), by.scale, to.at(row, i));
+  for (int64_t i = 0; i < k; i += kLanes) put_digits(load_until(x, i, k, 0.0f), by.scale, to, row, i);
 }
 
-// Holds the tile registers of this thread: 0 to 3 sums, 4 to 6 the three digits of some rows, 7 one of some columns.
+// Holds the tile registers of this thread: 0 to 3 sums, 4 to 6 digits of some rows, 7 one of some columns.
 class DigitTiles {
  public:
   DigitTiles() = default;
@@ -111,8 +119,8 @@ class DigitTiles {
     if (rows_ != 0) asm volatile("tilerelease" ::: "memory");
   }
   // For products of this many rows: a tile of fewer is multiplied in less time.
-  void set_rows(int64_t count) {
-    const int64_t rows = count < kTileHeight ? count : kTileHeight;
+  void set_rows(int64_t count, bool few = false) {
+    const int64_t rows = few ? count * kDigits : count < kTileHeight ? count : kTileHeight;
     if (rows == rows_) return;
     rows_ = rows;
     struct alignas(64) {
@@ -128,7 +136,7 @@ class DigitTiles {
  private:
   int64_t rows_ = 0;
 #else
-  void set_rows(int64_t) {}
+  void set_rows(int64_t, bool = false) {}
   void lost() {}
 #endif
 };
@@ -161,11 +169,26 @@ FASTLM_INLINE void multiply_digits(const uint8_t* rows, const uint8_t* columns, 
     FASTLM_DIGITS_MULTIPLY(2, 4, 7);
   }
 }
-FASTLM_INLINE void store_sums(int32_t* sums) {
+// Of few rows: register j has the products with the columns' digit j.
+FASTLM_INLINE void multiply_few_digits(const uint8_t* rows, const uint8_t* columns, int64_t steps) {
+  FASTLM_DIGITS_ZERO(0);
+  FASTLM_DIGITS_ZERO(1);
+  FASTLM_DIGITS_ZERO(2);
+  for (int64_t s = 0; s < steps; ++s, rows += kTileBytes, columns += kDigits * kTileBytes) {
+    FASTLM_DIGITS_LOAD(6, rows);
+    FASTLM_DIGITS_LOAD(7, columns);
+    FASTLM_DIGITS_MULTIPLY(0, 6, 7);
+    FASTLM_DIGITS_LOAD(7, columns + kTileBytes);
+    FASTLM_DIGITS_MULTIPLY(1, 6, 7);
+    FASTLM_DIGITS_LOAD(7, columns + 2 * kTileBytes);
+    FASTLM_DIGITS_MULTIPLY(2, 6, 7);
+  }
+}
+FASTLM_INLINE void store_sums(int32_t* sums, bool few) {
   FASTLM_DIGITS_STORE(0, sums);
   FASTLM_DIGITS_STORE(1, sums + 256);
   FASTLM_DIGITS_STORE(2, sums + 512);
-  FASTLM_DIGITS_STORE(3, sums + 768);
+  if (!few) FASTLM_DIGITS_STORE(3, sums + 768);
 }
 #endif
 
@@ -179,21 +202,33 @@ static __attribute__((noinline)) void digit_product(const DigitRows& rows, const
   // A block is converted while the next one is multiplied. That one's sums are stored behind it: loads would wait for
   // stores before them to places a multiple of 4 KB apart.
   for (int64_t item = 0; item <= V * tiles; ++item) {
-    if (item < V * tiles)
-      multiply_digits(rows.tiles + item % tiles * strip, panel + item / tiles * digit_column_block(rows.k) + 64,
-                      digit_steps(rows.k));
+    if (item < V * tiles) {
+      const uint8_t *const left = rows.tiles + item % tiles * strip,
+                    *const right = panel + item / tiles * digit_column_block(rows.k) + 64;
+      (rows.few ? multiply_few_digits : multiply_digits)(left, right, digit_steps(rows.k));
+    }
     if (item > 0) {
       const int64_t v = (item - 1) / tiles, first = (item - 1) % tiles * kTileHeight;
-      const int32_t* from = sums;
       const vf column_units = load(reinterpret_cast<const float*>(panel + v * digit_column_block(rows.k)));
       float* to = out + first * out_stride + (v == V - 1 ? Last : v) * kLanes;
-      for (int64_t i = first; i < count && i < first + kTileHeight; ++i, from += kLanes, to += out_stride) {
-        const vf high = to_float(load_as<vi>(from)), middle = to_float(load_as<vi>(from + 256));
-        const vf low = to_float(load_as<vi>(from + 512) + load_as<vi>(from + 768));
-        store(to, load(to) + ((high * 256.0f + middle) * 256.0f + low) * (column_units * *units[i]));
+      for (int64_t i = first; i < count && i < first + kTileHeight; ++i, to += out_stride) {
+        vi high, middle, low;
+        if (rows.few) {
+          const auto sum = [&](int64_t x, int64_t y) { return load_as<vi>(sums + 256 * y + (i * kDigits + x) * kLanes); };
+          high = sum(0, 0);
+          middle = sum(0, 1) + sum(1, 0);
+          low = sum(0, 2) + sum(1, 1) + sum(2, 0);
+        } else {
+          const int32_t* const from = sums + (i - first) * kLanes;
+          high = load_as<vi>(from);
+          middle = load_as<vi>(from + 256);
+          low = load_as<vi>(from + 512) + load_as<vi>(from + 768);
+        }
+        const vf sum = (to_float(high) * 256.0f + to_float(middle)) * 256.0f + to_float(low);
+        store(to, load(to) + sum * (column_units * *units[i]));
       }
     }
-    if (item < V * tiles) store_sums(sums);
+    if (item < V * tiles) store_sums(sums, rows.few);
   }
 #else
   (void)rows, (void)units, (void)count, (void)panel, (void)out, (void)out_stride;

@@ -51,7 +51,7 @@ class Forward {
     }
     if (kDigits) {
       input_rows_ = InputRows(scratch, chunk_rows(batch, kChunk), a.inputs, a.w_ih, panels_ * 4);
-      states_ = StateDigits(scratch, batch, a.outputs, a.h0, false);
+      states_ = StateDigits(scratch, batch, a.outputs, a.h0);
     }
     scratch_ = scratch - a.scratch;
   }
@@ -84,7 +84,7 @@ class Forward {
       if constexpr (kDigits) input_rows.template product<4, 3>(high - low, own, tiles, gates);
     };
     const auto take = [&](const Walk& step, int64_t low) {
-      tiles.set_rows(kDigits ? step.rows() : 0);
+      if (kDigits) tiles.set_rows(step.rows(), states_.few());
       sweep(own, back, [&](int64_t u) {
         hidden_panel(step, u, gates_ + (u * gate_rows_ + step.begin - base(low)) * kPanel, turn);
       });
@@ -198,9 +198,10 @@ class Backward {
       const float* const grads = a.grad_gates + step.begin * k;
       if (a.digits) {
         digits_.put(grads, step.rows(), {hidden.begin * kPanel, hidden.end * kPanel}, thread, threads, barrier);
-        tiles.set_rows(step.rows());
+        tiles.set_rows(step.rows(), digits_.few());
+      } else {
+        barrier.wait();
       }
-      barrier.wait();
       sweep(outputs, back, [&](int64_t p) {
         zero_panel(carry_ + p * kPanel, step.rows(), stride_);
         if (a.digits)

@@ -179,15 +179,11 @@ class InputRows {
 };
 
 // h of all rows before a step and, while that step writes them, before the next one; a step's `turn` says which. They
-// are taken to be in -1..1, or, where they begin beyond and `lasting`, in -max |h0|..max |h0|.
+// are taken to be in -1..1, but for the first ones, h0.
 class StateDigits {
  public:
-  static int64_t floats(int64_t batch, int64_t k) {
-    return 2 * floats_for(digit_rows_bytes(batch, k)) + 5 * floats_for(batch * 4);
-  }
   StateDigits() = default;
-  StateDigits(float*& memory, int64_t batch, int64_t k, const float* h0, bool lasting)
-      : batch_(batch), k_(k), h0_(h0), lasting_(lasting) {
+  StateDigits(float*& memory, int64_t batch, int64_t k, const float* h0) : batch_(batch), k_(k), h0_(h0) {
     for (uint8_t*& tiles : tiles_) tiles = take_bytes(memory, digit_rows_bytes(batch, k));
     for (float*& units : units_) units = take_floats(memory, batch);
     scales_ = take_floats(memory, batch);
@@ -200,9 +196,7 @@ class StateDigits {
     const Range rows = share(batch_, thread, threads);
     constexpr int32_t kOne = 0x3f800000;  // bits of 1
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const int32_t largest = largest_magnitude(h0_ + i * k_, k_);
-      const DigitScale later = digit_scale(lasting_ && largest > kOne ? largest : kOne);
-      const DigitScale at_first = lasting_ ? later : digit_scale(largest);
+      const DigitScale later = digit_scale(kOne), at_first = digit_scale(largest_magnitude(h0_ + i * k_, k_));
       scales_[i] = later.scale;
       units_[0][i] = units_[1][i] = later.unit;
       first_scales_[i] = at_first.scale;
@@ -217,12 +211,12 @@ class StateDigits {
   void join(int turn, int64_t low, int64_t high, Range own) const {
     for (int64_t i = low; i < high; ++i)
       for (int64_t at = own.begin * kLanes; at < own.end * kLanes; at += kLanes)
-        put_digits(load_until(h0_ + i * k_, at, k_, 0.0f), first_scales_[i], rows(turn).at(i, at));
+        put_digits(load_until(h0_ + i * k_, at, k_, 0.0f), first_scales_[i], rows(turn), i, at);
   }
 
   // kLanes units from `at` on of a row's h, before the step of that turn.
   FASTLM_MEMBER void put(int turn, int64_t row, int64_t at, vf h) const {
-    put_digits(h, scales_[row], rows(turn).at(row, at));
+    put_digits(h, scales_[row], rows(turn), row, at);
 #if defined(__AVX512F__)
     if (__builtin_expect(_mm512_cmp_ps_mask((__m512)h, (__m512)h, _CMP_UNORD_Q) != 0, false)) {
       // No integer is NaN. Every thread that finds one in the row writes the same; so will each of the later steps.
@@ -232,6 +226,8 @@ class StateDigits {
 #endif
   }
 
+  bool few() const { return batch_ <= kFewRows; }
+
   template <int V, int Last>
   void product(const Walk& step, int turn, const uint8_t* panel, float* out) const {
     const Rows units = {units_[turn], first_units_, step.rows_before(), 1};
@@ -239,38 +235,43 @@ class StateDigits {
   }
 
  private:
-  DigitRows rows(int turn) const { return {tiles_[turn], k_}; }
+  DigitRows rows(int turn) const { return {tiles_[turn], k_, few()}; }
 
   int64_t batch_ = 0, k_ = 0;
   const float* h0_ = nullptr;
-  bool lasting_ = false;
   uint8_t* tiles_[2] = {};
   float *units_[2] = {}, *scales_ = nullptr;  // [B]; units_ by turn
   float *first_units_ = nullptr, *first_scales_ = nullptr;
 };
 
-// Gradients of the gates of one step, each in units of its row's largest, whichever gate that is of; as digits their
-// columns are [gates][hidden, filled up to a multiple of 16].
+// Gradients of the gates of one step, or states that have no bound known beforehand (one gate): each in units of its row's
+// largest, whichever gate that is of. As digits their columns are [gates][hidden, filled up to a multiple of 16]. Of few
+// rows each thread makes digits of them all, for itself: that takes less time than another meeting of the threads.
 class GradientDigits {
  public:
   static int64_t depth(int64_t gates, int64_t hidden) { return gates * panels_for(hidden, kTileHeight) * kTileHeight; }
-  static int64_t floats(int64_t batch, int64_t gates, int64_t hidden, int threads) {
-    return floats_for(digit_rows_bytes(batch, depth(gates, hidden))) + threads * 2 * floats_for(batch * 4);
-  }
   GradientDigits() = default;
   GradientDigits(float*& memory, int64_t batch, int64_t gates, int64_t hidden, int threads)
       : gates_(gates), hidden_(hidden), slot_(floats_for(batch * 4)) {
-    rows_ = {take_bytes(memory, digit_rows_bytes(batch, depth(gates, hidden))), depth(gates, hidden)};
+    rows_ = {nullptr, depth(gates, hidden), batch <= kFewRows};
+    bytes_ = digit_rows_bytes(batch, rows_.k);
+    rows_.tiles = take_bytes(memory, bytes_ * (rows_.few ? threads : 1));
     units_ = take_floats(memory, threads * slot_);
     largest_ = reinterpret_cast<int32_t*>(take_floats(memory, threads * slot_));
   }
 
-  // The own units' gradients of a step as digits, from grads [rows, gates * hidden], of which each thread has written
-  // its own. Afterwards, behind a barrier, all of them are there.
+  // The gradients of a step as digits, from grads [rows, gates * hidden], of which each thread has written its own
+  // units'. Behind the barrier that the step needs.
   void put(const float* grads, int64_t rows, Range units, int thread, int threads, Barrier& barrier) const {
     put({grads, nullptr, rows, gates_ * hidden_}, rows, units, thread, threads, barrier);
   }
   void put(const Rows& grads, int64_t rows, Range units, int thread, int threads, Barrier& barrier) const {
+    if (rows_.few) {
+      barrier.wait();
+      for (int64_t i = 0; i < rows; ++i)
+        put_row(grads[i], i, digit_scale(largest_magnitude(grads[i], gates_ * hidden_)), {0, hidden_}, thread);
+      return;
+    }
     const int64_t high = units.end < hidden_ ? units.end : hidden_;
     for (int64_t i = 0; i < rows; ++i) {
       int32_t most = 0;
@@ -285,24 +286,30 @@ class GradientDigits {
       int32_t most = 0;
       for (int other = 0; other < threads; ++other)
         most = largest_[other * slot_ + i] > most ? largest_[other * slot_ + i] : most;
-      const DigitScale by = digit_scale(most);
-      units_[thread * slot_ + i] = by.unit;
-      for (int64_t gate = 0; gate < gates_; ++gate)
-        for (int64_t at = units.begin; at < high; at += kLanes)
-          put_digits(load_until(grads[i] + gate * hidden_, at, hidden_, 0.0f), by.scale,
-                     rows_.at(i, gate * (rows_.k / gates_) + at));
+      put_row(grads[i], i, digit_scale(most), {units.begin, high}, thread);
     }
+    barrier.wait();
   }
 
   // out += the rows' gradients times a panel of W_hh.
   template <int V = 4, int Last = V - 1>
   void product(int64_t count, const uint8_t* panel, int thread, float* out, int64_t out_stride) const {
-    digit_product<V, Last>(rows_, {units_ + thread * slot_, nullptr, count, 1}, count, panel, out, out_stride);
+    digit_product<V, Last>(rows(thread), {units_ + thread * slot_, nullptr, count, 1}, count, panel, out, out_stride);
   }
+  bool few() const { return rows_.few; }
   int64_t panel_bytes() const { return 4 * digit_column_block(rows_.k); }
 
  private:
-  int64_t gates_ = 0, hidden_ = 0, slot_ = 0;
+  DigitRows rows(int thread) const { return {rows_.tiles + (rows_.few ? thread * bytes_ : 0), rows_.k, rows_.few}; }
+  void put_row(const float* row, int64_t i, DigitScale by, Range units, int thread) const {
+    units_[thread * slot_ + i] = by.unit;
+    for (int64_t gate = 0; gate < gates_; ++gate)
+      for (int64_t at = units.begin; at < units.end; at += kLanes)
+        put_digits(load_until(row + gate * hidden_, at, hidden_, 0.0f), by.scale, rows(thread), i,
+                   gate * (rows_.k / gates_) + at);
+  }
+
+  int64_t gates_ = 0, hidden_ = 0, slot_ = 0, bytes_ = 0;
   DigitRows rows_{};
   float* units_ = nullptr;      // [threads][B]
   int32_t* largest_ = nullptr;  // [threads][B], bits of a float

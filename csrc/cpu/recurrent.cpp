@@ -16,7 +16,7 @@ struct Gru {
   // Of a panel, and where the last of them goes. n's product with h goes into the fourth: it is multiplied by r before it
   // is added to x's.
   static constexpr int kVectors = 3, kInputLast = 2, kHiddenLast = 3;
-  static constexpr bool kDigits = true, kLasting = true;  // h may be in digits; it stays as large as it began
+  static constexpr bool kDigits = true, kBounded = false;  // h may be in digits, but stays as large as it began
 
   // Leaves r, z and n in `sums`.
   static void update(float* sums, const float* h, float* next, int64_t count) {
@@ -49,7 +49,7 @@ template <bool Relu>
 struct Plain {
   static constexpr int64_t kGates = 1, kUnits = kPanel;
   static constexpr int kVectors = 4, kInputLast = 3, kHiddenLast = 3;
-  static constexpr bool kDigits = !Relu, kLasting = false;  // a relu's states have no bound
+  static constexpr bool kDigits = !Relu, kBounded = true;  // by 1; a relu's states have no bound
 
   static void update(float* sums, const float*, float* next, int64_t count) {
     for (int64_t v = 0; v < kPanel && v < count; v += kLanes) {
@@ -67,6 +67,8 @@ struct Plain {
 template <typename Cell, typename W>
 class Layer {
   static constexpr bool kDigits = std::is_same_v<W, Digits>;
+  // States in digits of one scale, or of each step's own.
+  static constexpr bool kShared = kDigits && Cell::kBounded, kScaled = kDigits && !Cell::kBounded;
   static constexpr int64_t kChunk = kDigits ? kDigitChunkRows : kChunkRows;
 
  public:
@@ -80,7 +82,10 @@ class Layer {
     sums_ = save_ ? a.gates : take_floats(scratch, panels_ * gate_rows_ * kPanel);
     if (kDigits) {
       input_rows_ = InputRows(scratch, chunk, a.inputs, a.w_ih, panels_ * Cell::kVectors);
-      states_ = StateDigits(scratch, batch, a.hidden, a.h0, Cell::kLasting);
+      if (Cell::kBounded)
+        states_ = StateDigits(scratch, batch, a.hidden, a.h0);
+      else
+        scaled_ = GradientDigits(scratch, batch, 1, a.hidden, a.threads);
     }
     scratch_ = scratch - a.scratch;
   }
@@ -98,7 +103,7 @@ class Layer {
       const Walk step(a.batch_sizes, a.steps, total_, a.reverse);
       return sweep(own, back, [&](int64_t u) {
         input_panel(u, 0, total_);
-        hidden_panel(step, u, 0, 0);
+        hidden_panel(step, u, 0, 0, thread);
       });
     }
     bool back = false;
@@ -107,7 +112,7 @@ class Layer {
     const Range own_vectors = {own.begin * Cell::kUnits / kLanes, own.end * Cell::kUnits / kLanes};
     InputRows input_rows = input_rows_;
     if (kDigits) input_rows.begin();
-    if (kDigits) states_.begin(Walk(a.batch_sizes, a.steps, total_, a.reverse), own_vectors, thread, threads, barrier);
+    if (kShared) states_.begin(Walk(a.batch_sizes, a.steps, total_, a.reverse), own_vectors, thread, threads, barrier);
     const auto inputs = [&](int64_t low, int64_t high) {
       if (kDigits) input_rows.put(a.input + low * a.inputs, high - low, thread, threads, barrier);
       for (int64_t u = own.begin; u < own.end; ++u) input_panel(u, low, high);
@@ -116,11 +121,14 @@ class Layer {
                                                                       [&](int64_t u) { return sums(u, low, low); });
     };
     const auto take = [&](const Walk& step, int64_t low) {
-      tiles.set_rows(kDigits ? step.rows() : 0);
-      sweep(own, back, [&](int64_t u) { hidden_panel(step, u, low, turn); });
+      if (kScaled)
+        scaled_.put(state_before(step, a.output, a.h0, a.hidden), step.rows(),
+                    {own.begin * Cell::kUnits, own.end * Cell::kUnits}, thread, threads, barrier);
+      if (kDigits) tiles.set_rows(step.rows(), kScaled ? scaled_.few() : states_.few());
+      sweep(own, back, [&](int64_t u) { hidden_panel(step, u, low, turn, thread); });
       turn ^= 1;
-      if (kDigits) states_.join(turn, step.rows(), step.rows_after(), own_vectors);
-      barrier.wait();
+      if (kShared) states_.join(turn, step.rows(), step.rows_after(), own_vectors);
+      if (!kScaled) barrier.wait();
     };
     walk_in_chunks(a.batch_sizes, a.steps, total_, a.reverse, inputs, take, kChunk);
   }
@@ -147,11 +155,13 @@ class Layer {
     }
   }
 
-  void hidden_panel(const Walk& step, int64_t u, int64_t low, int turn) {
+  void hidden_panel(const Walk& step, int64_t u, int64_t low, int turn, int thread) {
     const Rows h = state_before(step, a.output, a.h0, a.hidden);
     float* at_step = sums(u, step.begin, low);
     const auto weights = panel(a.w_hh, u, a.hidden);
-    if constexpr (kDigits)
+    if constexpr (kScaled)
+      scaled_.product<Cell::kVectors, Cell::kHiddenLast>(step.rows(), weights, thread, at_step, kPanel);
+    else if constexpr (kShared)
       states_.product<Cell::kVectors, Cell::kHiddenLast>(step, turn, weights, at_step);
     else
       panel_product<Cell::kVectors, Cell::kHiddenLast>(h, step.rows(), weights, a.hidden, at_step, kPanel);
@@ -160,7 +170,7 @@ class Layer {
     for (int64_t i = 0; i < step.rows(); ++i) {
       float* next = a.output + (step.begin + i) * a.hidden + at;
       Cell::update(at_step + i * kPanel, h[i] + at, next, units);
-      if (kDigits && i < step.rows_after())
+      if (kShared && i < step.rows_after())
         for (int64_t v = 0; v < units; v += kLanes) states_.put(turn ^ 1, i, at + v, load_until(next, v, units, 0.0f));
       if (i >= step.rows_after()) std::memcpy(a.h_n + i * a.hidden + at, next, units * sizeof(float));
     }
@@ -172,6 +182,7 @@ class Layer {
   bool save_;
   InputRows input_rows_;
   StateDigits states_;
+  GradientDigits scaled_;  // h before the step, where it has no bound
   int64_t scratch_;  // floats in use
 };
 
@@ -205,9 +216,10 @@ class Backward {
       const float* const grads = a.grad_h + step.begin * k;
       if (a.digits) {
         digits_.put(grads, step.rows(), {own.begin * kPanel, own.end * kPanel}, thread, threads, barrier);
-        tiles.set_rows(step.rows());
+        tiles.set_rows(step.rows(), digits_.few());
+      } else {
+        barrier.wait();
       }
-      barrier.wait();
       sweep(own, back, [&](int64_t p) {
         if (a.digits)
           digits_.product(step.rows(), static_cast<const uint8_t*>(a.w_hh) + p * digits_.panel_bytes(), thread,

@@ -59,8 +59,7 @@ class Forward {
         // What is largest in a row of m h, however large, is found before the barrier at which h is ready.
         states_.put(state_before(step, a.dropped != nullptr ? a.dropped : a.output, a.h0_dropped, a.hidden), step.rows(),
                     {own.begin * kLanes, own.end * kLanes}, thread, threads, barrier);
-        tiles.set_rows(step.rows());
-        barrier.wait();
+        tiles.set_rows(step.rows(), states_.few());
       }
       const int64_t first = step.begin - base(low), raw_first = save_ ? step.begin : 0, rows = step.rows();
       sweep(own, back, [&](int64_t u) {

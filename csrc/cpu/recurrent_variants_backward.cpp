@@ -76,9 +76,10 @@ class Backward {
       const float* const grads = grad_raw + step.begin * wide;
       if (digits_) {
         grads_.put(grads, step.rows(), {own.begin * kPanel, own.end * kPanel}, thread, threads, barrier);
-        tiles.set_rows(step.rows());
+        tiles.set_rows(step.rows(), grads_.few());
+      } else {
+        barrier.wait();
       }
-      barrier.wait();
       sweep(own, back, [&](int64_t p) {
         float* const carry = carry_ + p * kPanel;
         for (int64_t i = 0; i < step.rows(); ++i) std::memset(carry + i * stride_, 0, kPanel * sizeof(float));

@@ -52,6 +52,13 @@ void pack_as_digits(address source, int64_t k, int64_t n, int64_t stride_k, int6
   pack_digits({pointer<const float>(source), k, n, stride_k, stride_n, gates, k_groups, pointer<void>(packed), threads});
 }
 
+int64_t evenness_of(address matrix, int64_t rows, int64_t columns, int threads) {
+  check(rows >= 1 && columns >= 1, "evenness: sizes must be positive");
+  refuse_recording("evenness");
+  py::gil_scoped_release unlocked;
+  return evenness({pointer<const float>(matrix), rows, columns, threads});
+}
+
 void multiply_in_digits(address a, int64_t a_stride, bool a_across, address b, int64_t b_stride, address c, int64_t m,
                         int64_t n, int64_t k, int threads) {
   refuse_recording("digit_matmul");
@@ -272,6 +279,7 @@ void bind_lstm(py::module_& m) {
   m.def("digit_tiles", &digit_tiles);
   m.def("digit_matmul", &multiply_in_digits);
   m.def("pack_digits", &pack_as_digits);
+  m.def("evenness", &evenness_of);
   m.def("packed_digits_size", &packed_digits_size);
   m.def("lstm_forward", &forward);
   m.def("lstm_backward", &backward);

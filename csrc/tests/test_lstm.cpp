@@ -267,6 +267,10 @@ FASTLM_TEST(lstm_in_digits_agrees_with_double) {
   for (bool reverse : {false, true}) {
     forward_is_right(make_layer(3, 1, 0, {2, 1}, reverse), true);
     forward_is_right(make_layer(7, 17, 0, kRagged, reverse), true);
+    for (int64_t batch : {1, 5, 6}) {  // up to five rows have all digits in one tile
+      forward_is_right(make_layer(70, 130, 0, {batch, batch, 1}, reverse), true);
+      backward_is_right(make_layer(3, 35, 0, {batch, batch, 1}, reverse), true);
+    }
     forward_is_right(make_layer(70, 130, 0, {20, 17, 16, 5}, reverse), true);
     forward_is_right(make_layer(5, 64, 0, std::vector<int64_t>(90, 8), reverse), true);    // more than a chunk of steps
     forward_is_right(make_layer(140, 48, 0, std::vector<int64_t>(2, 270), reverse), true);  // of rows

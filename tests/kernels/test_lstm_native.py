@@ -60,6 +60,12 @@ class Case:
     def weights(self) -> list[Tensor | None]:
         return [None if name is None else getattr(self.module, name) for name in self.names]
 
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        w_ih, w_hh = self.weights[:2]
+        assert w_ih is not None and w_hh is not None
+        return w_ih, w_hh
+
     def torch(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """torch's results and gradients."""
         module = copy.deepcopy(self.module).to(dtype)
@@ -149,9 +155,9 @@ def test_any_shape(inputs: int, hidden: int, projected: int, sizes: list[int], r
     case.check(case.native(), floor=1e-5, least=0.1)
 
 
-# Of several steps, eight rows and more are multiplied in digits where there are tiles: other bits than fewer rows'.
+# In digits, up to five rows lie in a tile together, six to sixteen have one for each digit.
 @pytest.mark.parametrize(
-    ("batch", "parts"), [(7, [(0, 1), (4, 6), (1, 7)]), (lstm.DIGIT_ROWS + 13, [(0, 8), (4, 13), (3, 20)])]
+    ("batch", "parts"), [(7, [(0, 1), (4, 6), (1, 7)]), (21, [(0, 8), (4, 13), (3, 20), (16, 21), (7, 8)])]
 )
 @pytest.mark.parametrize("projected", [0, 24])
 @pytest.mark.parametrize("reverse", [False, True])
@@ -240,19 +246,25 @@ def test_cell_gives_the_bits_of_the_layer(isa: str, batch: int, hidden: int) -> 
         assert torch.equal(h, output)
         assert torch.equal(h, h_n)
         assert torch.equal(c, c_n)
-    if batch < lstm.DIGIT_ROWS:  # several steps at once, too
+    if not lstm.in_digits([batch] * 3, *case.matrices):  # several steps at once, too
         _, h_n, c_n, _ = lstm.layer_forward(case.input, [batch] * 3, *case.weights, case.h0, case.c0, False, False)
         assert torch.equal(h, h_n)
         assert torch.equal(c, c_n)
 
 
-def test_a_sequence_in_pieces_gives_the_same_bits(isa: str) -> None:
+def test_a_sequence_in_pieces_gives_the_same(isa: str) -> None:
+    """In floats the same bits. In digits a piece's first states have a scale of their own, single steps none."""
     case = Case(40, 72, 0, [3] * 200, reverse=False)
     whole = case.native(save=False)
     h, c, outputs = case.h0, case.c0, []
     for piece in case.input.view(200, 3, -1).split([1, 99, 50, 50]):
         output, h, c, _ = lstm.layer_forward(piece.flatten(0, 1), [3] * len(piece), *case.weights, h, c, False, False)
         outputs.append(output)
+    if lstm.in_digits([3] * 200, *case.matrices):
+        exact, peer = case.torch(torch.float64), case.torch(torch.float32)
+        for name, value in (("output", torch.cat(outputs)), ("h_n", h), ("c_n", c)):
+            assert_close_to_reference(value, peer[name], exact[name])
+        return
     assert torch.equal(torch.cat(outputs), whole["output"])
     assert torch.equal(c, whole["c_n"])
 

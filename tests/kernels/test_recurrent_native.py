@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 import fastlm
 from fastlm import ops
 from fastlm.kernels import native, packing
-from fastlm.kernels.cpu import recurrent
-from fastlm.kernels.cpu.lstm import DIGIT_ROWS
+from fastlm.kernels.cpu import lstm, recurrent
 
 pytestmark = pytest.mark.skipif(native.CPU.module is None, reason=str(native.CPU.error))
 
@@ -104,9 +103,9 @@ def test_agrees_with_torch(isa: str, cell: str, inputs: int, hidden: int, sizes:
         case.check(case.native())
 
 
-# Of several steps, eight rows and more are multiplied in digits where there are tiles: other bits than fewer rows'.
+# In digits, up to five rows lie in a tile together, six to sixteen have one for each digit.
 @pytest.mark.parametrize(
-    ("batch", "parts"), [(7, [(0, 1), (4, 6), (1, 7)]), (DIGIT_ROWS + 13, [(0, 8), (4, 13), (3, 20)])]
+    ("batch", "parts"), [(7, [(0, 1), (4, 6), (1, 7)]), (21, [(0, 8), (4, 13), (3, 20), (16, 21), (7, 8)])]
 )
 @pytest.mark.parametrize("cell", CELLS)
 def test_bits_depend_on_the_row_alone(isa: str, cell: str, batch: int, parts: list[tuple[int, int]]) -> None:
@@ -128,7 +127,9 @@ def test_bits_depend_on_the_row_alone(isa: str, cell: str, batch: int, parts: li
         part, last, _ = case.forward(rows)
         assert torch.equal(part, steps[:, rows].flatten(0, 1))
         assert torch.equal(last, h_n[rows])
-    if batch >= DIGIT_ROWS:
+    w_ih, w_hh, *_ = case.weights
+    assert w_ih is not None and w_hh is not None
+    if cell != "relu" and lstm.in_digits([batch] * 20, w_ih, w_hh):
         return
     h = case.h0  # the same in pieces, single steps among them
     for low, high in pairwise([0, 1, 2, 9, 20]):

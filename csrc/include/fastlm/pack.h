@@ -40,6 +40,15 @@ struct PackDigits {
 void pack_digits(const PackDigits& args);
 int64_t packed_digits_size(int64_t k, int64_t n, int64_t gates, int64_t k_groups);
 
+// Whether digits, integers in units of the largest of a row or a column, keep as much of a matrix as sums of floats do:
+// bit 0, no row has a number more than 7 times its root mean square; bit 1, no column has. Set where there is NaN.
+struct Evenness {
+  const float* matrix;  // [rows, columns], contiguous
+  int64_t rows, columns;
+  int threads;
+};
+int64_t evenness(const Evenness& args);
+
 // c [m, n] = a [m, k] b [k, n] by digits; where digit_tiles() alone. For gradients: c's error is a few roundings of
 // float of (the largest number of a row of a) (the largest of a column of b) sqrt(k).
 struct DigitMatmul {

@@ -35,10 +35,6 @@ __all__ = [
 ]
 
 
-DIGIT_ROWS = 8
-"""Rows of a sequence's first step from which digits are quicker than floats."""
-
-
 class _Packed(NamedTuple):
     w_ih: Tensor
     w_hh: Tensor
@@ -101,40 +97,35 @@ def in_digits(batch_sizes: Sequence[int], w_ih: Tensor, w_hh: Tensor) -> bool:
     Those with W_ih are then those of csrc/cpu/amx.h, since inputs need not have one scale.
 
     A row's result in digits and in floats differ in their last bits, so this is for the call as a whole: whatever the
-    sequences' lengths, and as much for the last row left as for the first. Single steps and fewer rows, as in
-    generation, are always floats. So is what digits are too coarse for: a weight far above its row's others.
+    number and lengths, and as much for the last row left as for the first. Single steps, as in generation, are always
+    floats: packed they are there already, and read once. So is what digits are too coarse for: a weight far above its
+    row's others.
     """
     return (
         len(batch_sizes) > 1
-        and batch_sizes[0] >= DIGIT_ROWS
         and digit_tiles()
         and w_ih.dtype is w_hh.dtype is torch.float32
         and len(w_hh) <= _MOST_DEPTH
-        and cached("even", (w_hh,), _even)
+        and bool(cached("even", (w_hh,), _evenness) & _EVEN_ROWS)
     )
 
 
 def gradients_in_digits(batch_sizes: Sequence[int], w_ih: Tensor, w_hh: Tensor) -> bool:
     """The same of the products of gates' gradients with W_hh, for which its columns have to be even."""
-    return in_digits(batch_sizes, w_ih, w_hh) and cached("even columns", (w_hh,), _even_columns)
+    return in_digits(batch_sizes, w_ih, w_hh) and bool(cached("even", (w_hh,), _evenness) & _EVEN_COLUMNS)
 
 
 _MOST_DEPTH = 40_000  # three products of digits, 2^14 at most, of so many numbers fit the sum's 32 bits
 
 
-_EVEN = 7.0
+_EVEN_ROWS, _EVEN_COLUMNS = 1, 2
 
 
-def _even(matrix: Tensor) -> bool:
-    """Whether no row has a number more than 7 times its root mean square: rounded to 24 bits of the largest, the others
-    then keep as much as a sum of floats does. True where there is NaN."""
-    matrix = matrix.detach()
-    norm = torch.linalg.vector_norm
-    return not bool((norm(matrix, torch.inf, dim=1) * matrix.shape[1] ** 0.5 > _EVEN * norm(matrix, dim=1)).any())
-
-
-def _even_columns(matrix: Tensor) -> bool:
-    return _even(matrix.t())
+def _evenness(matrix: Tensor) -> int:
+    """Which of a matrix's sides are even: where no number is more than 7 times the root mean square of its row, or of
+    its column, rounding to 24 bits of the largest keeps as much of the others as a sum of floats does."""
+    matrix = matrix.detach().contiguous()
+    return int(native.CPU.require().evenness(matrix.data_ptr(), *matrix.shape, native.num_threads()))
 
 
 def columns_in_digits(gates: int) -> Callable[[Tensor], Tensor]:

@@ -48,6 +48,11 @@ def _wide(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype is torch.float32 else cached("wide", (tensor,), _widen)
 
 
+def _enough(batch_sizes: Sequence[int]) -> bool:
+    """Whether a batch is large enough for digits."""
+    return batch_sizes[0] >= 8
+
+
 def _packed(weights: Sequence[Tensor | None], gates: int, digits: bool) -> Any:
     """As the plain layer's, packed once for both."""
     if gates == 4:
@@ -116,7 +121,7 @@ def layer_forward(
     w_ih, w_hh, *_ = weights
     wide = [_wide(weight) for weight in weights]
     assert wide[0] is not None and wide[1] is not None
-    digits = lstm.in_digits(batch_sizes, wide[0], wide[1])
+    digits = _enough(batch_sizes) and lstm.in_digits(batch_sizes, wide[0], wide[1])
     packed = _packed(wide, gates, digits)
     tensors: dict[str, Tensor | None] = dict.fromkeys(_NAMES)
     tensors |= {"input": input.contiguous(), "w_ih": w_ih, "w_hh": w_hh}
@@ -178,7 +183,7 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
     rows, (batch, hidden) = input.shape[0], h0.shape
     wide_ih, wide_hh = _wide(w_ih), _wide(w_hh)
     assert wide_ih is not None and wide_hh is not None
-    digits = lstm.gradients_in_digits(saved.batch_sizes, wide_ih, wide_hh)
+    digits = _enough(saved.batch_sizes) and lstm.gradients_in_digits(saved.batch_sizes, wide_ih, wide_hh)
     in_which = lstm.columns_in_digits(gates) if digits else lstm.pack_columns
     variant, stride = _variant(given, gates)
     ln_ih, raw_ih, stats = (given[name] for name in ("ln_ih", "raw_ih", "stats"))
