@@ -8,6 +8,7 @@ another family, an LSTM for a Transformer; or the large model itself with fewer 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,6 +44,8 @@ class ModelDraft:
 
     _REHEARSAL = 48  # tokens that a rehearsal reads
     _REHEARSED = 8, 16  # and holds its guesses against, at least and at most
+    _LIKELY = 0.4  # that a guess counts, all before it being right: what is less is not worth a step of the draft
+    _FORGOTTEN = 0.1  # of what is known of former rounds, with each
 
     def __init__(
         self,
@@ -62,6 +65,8 @@ class ModelDraft:
         self._number = -1
         self._rehearsed = 0
         self._read = 0
+        self._guesses: list[int] = []  # of the last round, behind so many tokens as it had read
+        self._right, self._wrong = 9.0, 0.5  # guesses so far; at first a good draft's
 
     @staticmethod
     def engine(model: CausalLM, max_length: int | None = None) -> Engine:
@@ -111,9 +116,10 @@ class ModelDraft:
         return drawn
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
-        """What the model would say next."""
+        """What the model would say next, as far as that is likely enough to be right."""
         if self._room is not None and len(ids) + count > self._room:
             return []
+        count = min(count, self._worth_guessing(ids))
         self._rehearsed = self._read = len(ids)
         engine = self._engine
         if self._number in engine.active:
@@ -125,7 +131,19 @@ class ModelDraft:
         guesses: list[int] = []
         while len(guesses) < count and self._number in engine.active:
             guesses += [token.id for token in engine.step(count - len(guesses))]
+        self._guesses = guesses
         return guesses
+
+    def _worth_guessing(self, ids: Sequence[int]) -> int:
+        """How many guesses are worth making, by how the last ones did: ids goes on from there."""
+        if self._guesses and len(ids) > self._read:
+            right = common(self._guesses, ids[self._read :])
+            known = 1.0 - self._FORGOTTEN
+            self._right = known * self._right + right
+            self._wrong = known * self._wrong + (right < len(self._guesses))
+            self._guesses = []
+        chance = self._right / (self._right + self._wrong)
+        return max(1, int(math.log(self._LIKELY) / math.log(min(chance, 0.99))))
 
 
 def quantized_copy(model: CausalLM, kind: str) -> CausalLM:

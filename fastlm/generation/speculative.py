@@ -23,7 +23,8 @@ class Pace:
       not keep grows, but for the plain tokens' hundredth, with the root of its length.
 
     What comes before the first round, recording the step that confirms guesses above all, is not on the account: it
-    waits until what rehearsals saved, over the rest of the text, is more than that takes.
+    waits until what rehearsals saved, over the rest of the text, is more than that takes. A text that begins where the
+    last one's guesses paid, and all is recorded, is guessed at once: until one round has failed.
     """
 
     _EARNED = 0.01
@@ -36,6 +37,7 @@ class Pace:
     _EVIDENCE = 1.5  # saved in rehearsals, below which it may be chance
     _DOUBT = 16  # tokens in which nothing was saved, counted with those rehearsed
     _TRUST = 0.25  # of what rehearsals have saved may be lost
+    _INHERITED = 1.5  # failing rounds that the next text's account can bear at most
 
     def __init__(self) -> None:
         self._plain = 0.0  # seconds a plain step takes, on average of late
@@ -50,6 +52,8 @@ class Pace:
         self._setup = 0.0  # steps before the draft's first round
         self._rest = 0.0  # plain tokens until the next rehearsal
         self._futile = False  # the last one saved nothing
+        if self._round:
+            self._account = min(self._account, self._INHERITED * self._stake(0))
 
     def plain(self, seconds: float, tokens: int) -> None:
         """Plain steps have given so many tokens."""
@@ -75,6 +79,8 @@ class Pace:
         """Whether rehearsals have shown that rounds of `count` guesses are likely to pay in the rest of the text,
         `left` tokens at most."""
         self._credit = max(0.0, self._stake(count) - self._account)
+        if recorded and self._round and not self._among and not self._futile:  # nothing is known of this text
+            return not self._credit
         if self._saved < max(self._EVIDENCE, self._credit / self._TRUST):
             return False
         return self._saved / (self._among + self._DOUBT) * left > self._setup + (0.0 if recorded else self._RECORDING)

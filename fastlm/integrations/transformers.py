@@ -182,7 +182,7 @@ def generate(
     decoder = Decoder(ours, [row.tolist() for row in prompts], params, stop_ids=stops, draft_model=guess, kept=kept)
     rows: list[list[int]] = [[] for _ in prompts]
     while decoder.active:
-        for token in decoder.step(1 if streamer is not None else 16):
+        for token in decoder.step(1 if streamer is not None else _AHEAD):
             rows[token.row].append(token.id)
             if streamer is not None:
                 streamer.put(torch.tensor([token.id]))
@@ -196,6 +196,9 @@ def generate(
     sequences = torch.cat([input_ids, new], dim=1)
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
 
+
+_AHEAD = 64
+"""Steps at a time without a look at Python, whose signals wait for so long: to stop costs half a step."""
 
 _drafts: weakref.WeakKeyDictionary[CausalLM, dict[str, CausalLM]] = weakref.WeakKeyDictionary()
 

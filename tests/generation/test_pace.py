@@ -200,3 +200,16 @@ def test_planted_fault_a_pace_that_believes_too_much_or_too_little_is_seen(
     with pytest.raises(AssertionError):
         test_a_text_made_to_deceive_costs_little(measure)
         test_texts_that_repeat_gain(measure)
+
+
+def test_a_text_after_one_that_paid_is_guessed_at_once_until_a_round_fails() -> None:
+    pace = Pace()
+    pace.plain(8.0, 8)
+    assert not pace.promising(7, 100, recorded=True)  # the first text has to show it
+    for _ in range(5):
+        pace.guessed(3.0, 8)
+    pace.join()
+    assert pace.promising(7, 100, recorded=True) and not pace.promising(7, 100, recorded=False)
+    assert pace.goes_on(7)
+    pace.guessed(3.0, 1)
+    assert not pace.goes_on(7) and not pace.promising(7, 100, recorded=True)
