@@ -10,6 +10,7 @@
 #include "fastlm/attention.h"
 #include "fastlm/attention_decode.h"
 #include "fastlm/elementwise.h"
+#include "fastlm/greedy.h"
 #include "fastlm/kv_append.h"
 #include "fastlm/linear.h"
 #include "fastlm/lstm.h"
@@ -37,6 +38,9 @@
   X(void, kv_append, (const KvAppend& a), (a))                                      \
   X(void, offset, (const Offset& a), (a))                                           \
   X(void, linear, (const LinearArgs& a), (a))                                       \
+  X(void, coarsen, (const Coarsen& a), (a))                                         \
+  X(int64_t, greedy, (const Greedy& a), (a))                                        \
+  X(int64_t, greedy_scratch, (const Greedy& a), (a))                                \
   X(void, interleave, (const Interleave& a), (a))                                   \
   X(int64_t, dequantize_rows, (const DequantizeArgs& a), (a))                       \
   X(void, attention, (const Attention& a), (a))                                     \

@@ -3,6 +3,7 @@
 
 #include "blocks.h"
 #include "linear_integer.h"
+#include "linear_parts.h"
 #include "linear_tiles.h"
 #include "threads.h"
 
@@ -219,21 +220,25 @@ void products(const LinearArgs& a, const LinearWeight& w, int64_t begin, int64_t
 }
 
 template <Rounding rounding>
+void round_share(const LinearArgs& a, int thread, int threads) {
+  if constexpr (rounding != Rounding::kNone) {
+    const int64_t blocks = a.columns / kBlock, tiled = rows_in_tiles(a);
+    const Range tiles = share((tiled + kTileRows - 1) / kTileRows * blocks, thread, threads);
+    for (int64_t i = tiles.begin; i < tiles.end; ++i)
+      round_tile(a, i / blocks * kTileRows, i % blocks, reinterpret_cast<InputTile*>(a.scratch)[i]);
+    const Range own = share((a.rows - tiled) * blocks, thread, threads);
+    for (int64_t i = tiled * blocks + own.begin; i < tiled * blocks + own.end; ++i)
+      round_input<rounding>(a.input + i * kBlock, a.scratch[i]);
+  }
+}
+
+template <Rounding rounding>
 void linear_with(const LinearArgs& a) {
-  const int64_t blocks = a.columns / kBlock;
-  const int64_t tiled = rows_in_tiles(a);
   int64_t bytes = 0;
   for (int i = 0; i < a.count; ++i) bytes += weight_bytes(a.weights[i].kind, a.columns) * a.weights[i].outputs * a.rows;
   parallel(useful_threads(bytes, a.threads), [&](int thread, int threads, Barrier& barrier) {
-    if constexpr (rounding != Rounding::kNone) {
-      const Range tiles = share((tiled + kTileRows - 1) / kTileRows * blocks, thread, threads);
-      for (int64_t i = tiles.begin; i < tiles.end; ++i)
-        round_tile(a, i / blocks * kTileRows, i % blocks, reinterpret_cast<InputTile*>(a.scratch)[i]);
-      const Range own = share((a.rows - tiled) * blocks, thread, threads);
-      for (int64_t i = tiled * blocks + own.begin; i < tiled * blocks + own.end; ++i)
-        round_input<rounding>(a.input + i * kBlock, a.scratch[i]);
-      barrier.wait();
-    }
+    round_share<rounding>(a, thread, threads);
+    if constexpr (rounding != Rounding::kNone) barrier.wait();
     own_outputs(a, thread, threads, [&](const LinearWeight& w, int64_t begin, int64_t end) {
       products<rounding>(a, w, begin, end);
     });
@@ -275,6 +280,22 @@ void linear(const LinearArgs& a) {
     case Rounding::kNone: return linear_with<Rounding::kNone>(a);
     case Rounding::kBits8: return linear_with<Rounding::kBits8>(a);
     case Rounding::kBits15: return linear_with<Rounding::kBits15>(a);
+  }
+}
+
+void round_inputs(const LinearArgs& a, int thread, int threads) {
+  switch (a.rounding) {
+    case Rounding::kNone: return;
+    case Rounding::kBits8: return round_share<Rounding::kBits8>(a, thread, threads);
+    case Rounding::kBits15: return round_share<Rounding::kBits15>(a, thread, threads);
+  }
+}
+
+void linear_outputs(const LinearArgs& a, const LinearWeight& w, int64_t begin, int64_t end) {
+  switch (a.rounding) {
+    case Rounding::kNone: return products<Rounding::kNone>(a, w, begin, end);
+    case Rounding::kBits8: return products<Rounding::kBits8>(a, w, begin, end);
+    case Rounding::kBits15: return products<Rounding::kBits15>(a, w, begin, end);
   }
 }
 

@@ -71,6 +71,7 @@ void bind_attention_decode(py::module_& m);
 void bind_elementwise(py::module_& m);
 void bind_matmul(py::module_& m);
 void bind_norm(py::module_& m);
+void bind_greedy(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_lstm(py::module_& m);
 void bind_program(py::module_& m);

@@ -20,6 +20,7 @@ PYBIND11_MODULE(_native, m) {
   fastlm::bind_elementwise(m);
   fastlm::bind_matmul(m);
   fastlm::bind_norm(m);
+  fastlm::bind_greedy(m);
   fastlm::bind_linear(m);
   fastlm::bind_lstm(m);
   fastlm::bind_program(m);

@@ -336,6 +336,7 @@ class Engine:
             state, rows = self._state, taken
         for chunk in ids.split(_PREFILL_CHUNK, dim=1):
             hidden = self._model.hidden(chunk, state, rows)
+        self._recordings.screening.saw(hidden)
         logits = self._model.head(hidden[:, -1:])[:, -1]
         for at, request in enumerate(requests):
             yield request, logits[at : at + 1]
@@ -365,8 +366,8 @@ class Engine:
         self._free.append(request.slot)
         self._free.sort()
 
-    def _advance(self, running: list[Request], ahead: int) -> list[tuple[list[int], Tensor]]:
-        """One or more steps of these requests: the tokens, and the logits [B, V] behind them."""
+    def _advance(self, running: list[Request], ahead: int) -> list[tuple[list[int], Tensor | None]]:
+        """One or more steps of these requests: the tokens, and the logits [B, V] behind them where there are any."""
         if len(running) == 1 and running[0].draft is not None and isinstance(self._state, KVCache):
             guessed = self._guess(running[0])
             if guessed:
@@ -378,28 +379,35 @@ class Engine:
             self._marks[len(running[0].ids) - 1] = self._state.snapshot()
         if recording.captured is None:
             self._recordings.record(recording)
-            assert recording.logits is not None
             return [(recording.lanes.tokens.tolist(), recording.logits)]
-        assert recording.logits is not None
+        screening = self._recordings.screening
+        ahead = min(ahead, screening.most_ahead(running) or ahead)
         limit = min(ahead, *(self._steps_left(request) for request in running))
         if any(request.params.logprobs for request in running):
             limit = 1
         start = time.perf_counter()
         steps = self._replay(recording, limit, self._stop_ids)
         self._pace.plain(time.perf_counter() - start, len(steps))
+        if recording.hidden is not None:
+            screening.saw(recording.hidden)
+        screening.took(running, len(steps) * len(running))
         return [(ids, recording.logits) for ids in steps]
 
     def _replay(self, recording: Recording, times: int = 1, stops: Collection[int] = ()) -> list[list[int]]:
         """Runs a recorded step: `Captured.run`. BadLogits: it says what is wrong with the logits."""
-        assert recording.captured is not None and recording.logits is not None
+        assert recording.captured is not None
         try:
             return recording.captured.run(times, stops)
         except Refused:
             self._recordings.stale()
-            recording.lanes.sample(recording.logits)
+            logits = recording.logits
+            if logits is None:
+                assert recording.hidden is not None
+                logits = self._model.head(recording.hidden).flatten(0, 1)
+            recording.lanes.sample(logits)
             raise
 
-    def _guess(self, request: Request) -> list[tuple[list[int], Tensor]]:
+    def _guess(self, request: Request) -> list[tuple[list[int], Tensor | None]]:
         """Guessed tokens that proved right and the one after them; nothing where a plain step is the better choice."""
         count, left = request.params.draft_tokens, self._steps_left(request)
         room = self._max_length is None or len(request.ids) + count <= self._max_length
@@ -435,8 +443,11 @@ class Engine:
         if recorded and request.guessed and left > count:
             self._pace.guessed(time.perf_counter() - start, right + 1)
         request.guessed = True
-        assert recording.logits is not None
-        return [([token], recording.logits[at : at + 1]) for at, token in enumerate(tokens[: right + 1])]
+        logits = recording.logits
+        self._recordings.screening.took([request], right + 1)
+        return [
+            ([token], None if logits is None else logits[at : at + 1]) for at, token in enumerate(tokens[: right + 1])
+        ]
 
     def _guesses(self, request: Request, count: int, recorded: bool) -> tuple[list[int], float]:
         """What the draft proposes where rehearsals say that it pays, and when it began to."""
@@ -463,9 +474,10 @@ class Engine:
             limit = request.params.min_new_tokens - request.generated
         return limit if self._max_length is None else min(limit, self._max_length + 1 - len(request.ids))
 
-    def _accept(self, requests: list[Request], ids: list[int], logits: Tensor) -> list[Token]:
+    def _accept(self, requests: list[Request], ids: list[int], logits: Tensor | None) -> list[Token]:
         logprobs: list[float] | None = None
         if any(request.params.logprobs for request in requests):
+            assert logits is not None
             chosen = torch.tensor(ids, device=logits.device)[:, None]
             logprobs = logits.float().log_softmax(dim=-1).gather(1, chosen)[:, 0].tolist()
         tokens = []

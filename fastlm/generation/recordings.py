@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlm.generation.capture import Captured, CaptureError
 from fastlm.generation.graph import Graph, records, sampling_device
 from fastlm.generation.lanes import Lanes, Request
+from fastlm.generation.screening import Screening
 from fastlm.kernels import native
 from fastlm.models.base import CausalLM, State
 from fastlm.ops import offset
@@ -20,10 +21,18 @@ __all__ = ["Recording", "Recordings"]
 
 @dataclass
 class Recording:
-    """A step for one size of batch: its tensors, what was recorded, and whom the tensors were filled with last."""
+    """A step for one size of batch: its tensors, what was recorded, and whom the tensors were filled with last.
+
+    Attributes:
+        screened: whether it makes tokens of hidden states by way of `Screening`, and no logits.
+        hidden: the last step's, [B, width, d]; None on a GPU.
+        logits: [B * width, V].
+    """
 
     lanes: Lanes
+    screened: bool = False
     captured: Captured | Graph | None = None
+    hidden: Tensor | None = None
     logits: Tensor | None = None
     requests: tuple[Request, ...] = ()
 
@@ -55,7 +64,8 @@ class Recordings:
         self._stop_ids, self._max_length = stop_ids, max_length
         self._sampling = sampling_device(model.device)
         self._samples_on_device = self._sampling == model.device
-        self._all: dict[tuple[int, int, bool, bool], Recording] = {}
+        self._all: dict[tuple[int, int, bool, bool, bool], Recording] = {}
+        self.screening = Screening(model)
         self._current: Recording | None = None  # the one whose tensors hold the requests' present state
 
     def stale(self) -> None:
@@ -66,7 +76,8 @@ class Recordings:
         """The step for so many requests with options like theirs, `width` tokens each."""
         penalised = any(request.params.penalised for request in requests)
         biased = any(request.bias is not None or request.params.min_new_tokens for request in requests)
-        key = (len(requests), width, penalised, biased)
+        screened = self.why_not is None and self.screening.serves(requests, width)
+        key = (len(requests), width, penalised, biased, screened)
         if key not in self._all:
             history = 0
             if penalised:
@@ -80,7 +91,8 @@ class Recordings:
                     biased=self._model.config.vocab_size if biased else 0,
                     device=self._model.device,
                     sampling=self._sampling,
-                )
+                ),
+                screened,
             )
         return self._all[key]
 
@@ -99,18 +111,25 @@ class Recordings:
         lanes = recording.lanes
 
         def forward() -> Tensor:
-            return self._model.head(self._model.hidden(lanes.ids, self._state, lanes.index)).flatten(0, 1)
+            recording.hidden = self._model.hidden(lanes.ids, self._state, lanes.index)
+            return self._model.head(recording.hidden).flatten(0, 1)
 
-        def draw(logits: Tensor) -> None:
-            tokens = lanes.sample(logits)
+        def take(tokens: Tensor) -> None:
             offset(tokens, out=lanes.tokens)
             if lanes.width == 1:
                 lanes.feed(tokens)
+
+        def draw(logits: Tensor) -> None:
+            take(lanes.sample(logits))
 
         def step() -> Tensor:
             logits = forward()
             draw(logits)
             return logits
+
+        def screened() -> None:
+            recording.hidden = self._model.hidden(lanes.ids, self._state, lanes.index)
+            take(self.screening.step(recording.hidden))
 
         def snapshot() -> Callable[[], None]:
             state, inputs = self._state.snapshot(), lanes.snapshot()
@@ -128,7 +147,7 @@ class Recordings:
             try:
                 device = self._model.device
                 if not records(device):
-                    recording.captured = Captured(step, lanes.tokens)
+                    recording.captured = Captured(screened if recording.screened else step, lanes.tokens)
                 elif self._samples_on_device:
                     recording.captured = Graph(device, step, lanes.tokens, snapshot)
                 else:
@@ -138,7 +157,10 @@ class Recordings:
             except CaptureError as error:
                 self.why_not = str(error)
                 restore()
-        recording.logits = step()
+        if recording.screened:
+            screened()
+        else:
+            recording.logits = step()
 
     def _obstacle(self) -> str | None:
         device = self._model.device

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fastlm import ops
 from fastlm.kernels import native
 from fastlm.nn.embedding import QuantizedEmbedding
+from fastlm.nn.hooks import untouched
 from fastlm.nn.linear import Linear, QuantizedLinear
 from fastlm.nn.state import KVCache, RecurrentState, Rows
 from fastlm.ops.checks import describe
@@ -148,6 +149,17 @@ class CausalLM(nn.Module):
         if self.output is not None:
             return self.output(hidden)
         return ops.linear(hidden, self.embedding.weight, self.head_bias)
+
+    def plain_head(self) -> tuple[Tensor | QuantizedTensor, Tensor | None] | None:
+        """Weight and bias where `head` is `ops.linear` of them and nothing else, for a few tokens."""
+        output = self.output
+        if type(self).head is not CausalLM.head or "head" in self.__dict__:
+            return None
+        if output is None:
+            return self.embedding.weight, self.head_bias
+        if type(output) not in (Linear, QuantizedLinear) or not untouched(output):
+            return None
+        return None if getattr(output, "compute", "fast") != "fast" else (output.weight, output.bias)
 
     def run_layer(
         self, layer: nn.Module, branch: Tensor, x: Tensor | None, *context: Any

@@ -9,6 +9,7 @@ from fastlm.ops.attention_paged import attention_paged
 from fastlm.ops.attention_varlen import attention_varlen
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.feed_forward import feed_forward
+from fastlm.ops.greedy import greedy
 from fastlm.ops.gru import gru, gru_cell
 from fastlm.ops.kv_cache import kv_append, offset
 from fastlm.ops.layer_norm import layer_norm
@@ -37,6 +38,7 @@ __all__ = [
     "explain",
     "feed_forward",
     "gelu",
+    "greedy",
     "gru",
     "gru_cell",
     "gru_variant",
