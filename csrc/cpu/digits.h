@@ -148,8 +148,9 @@ class DigitTiles {
 #define FASTLM_DIGITS_ZERO(r) asm volatile("tilezero %%tmm" #r :::)
 
 // In registers 0 to 3 the sums of 2^16, of 2^8, and two whose sum is that of 1: in two, since a product waits for the one
-// before it in the same register.
-FASTLM_INLINE void multiply_digits(const uint8_t* rows, const uint8_t* columns, int64_t steps) {
+// before it in the same register. between(s) after the step s.
+template <typename Between>
+FASTLM_INLINE void multiply_digits(const uint8_t* rows, const uint8_t* columns, int64_t steps, const Between& between) {
   FASTLM_DIGITS_ZERO(0);
   FASTLM_DIGITS_ZERO(1);
   FASTLM_DIGITS_ZERO(2);
@@ -167,10 +168,13 @@ FASTLM_INLINE void multiply_digits(const uint8_t* rows, const uint8_t* columns, 
     FASTLM_DIGITS_MULTIPLY(1, 4, 7);
     FASTLM_DIGITS_LOAD(7, columns + 2 * kTileBytes);
     FASTLM_DIGITS_MULTIPLY(2, 4, 7);
+    between(s);
   }
 }
 // Of few rows: register j has the products with the columns' digit j.
-FASTLM_INLINE void multiply_few_digits(const uint8_t* rows, const uint8_t* columns, int64_t steps) {
+template <typename Between>
+FASTLM_INLINE void multiply_few_digits(const uint8_t* rows, const uint8_t* columns, int64_t steps,
+                                       const Between& between) {
   FASTLM_DIGITS_ZERO(0);
   FASTLM_DIGITS_ZERO(1);
   FASTLM_DIGITS_ZERO(2);
@@ -182,6 +186,7 @@ FASTLM_INLINE void multiply_few_digits(const uint8_t* rows, const uint8_t* colum
     FASTLM_DIGITS_MULTIPLY(1, 6, 7);
     FASTLM_DIGITS_LOAD(7, columns + 2 * kTileBytes);
     FASTLM_DIGITS_MULTIPLY(2, 6, 7);
+    between(s);
   }
 }
 FASTLM_INLINE void store_sums(int32_t* sums, bool few) {
@@ -192,26 +197,27 @@ FASTLM_INLINE void store_sums(int32_t* sums, bool few) {
 }
 #endif
 
-// As panel_product, of `count` rows of digits from the first one on, with their units. set_rows() must have been told.
+// As panel_product, of `count` rows of digits from the first one on, with their units; with a bias of the panel's columns
+// sums begin with that, not with what `out` holds. set_rows() must have been told.
 template <int V = 4, int Last = V - 1>
 static __attribute__((noinline)) void digit_product(const DigitRows& rows, const Rows& units, int64_t count,
-                                                    const uint8_t* panel, float* out, int64_t out_stride) {
+                                                    const uint8_t* panel, float* out, int64_t out_stride,
+                                                    const float* bias = nullptr) {
 #if defined(__AVX512F__)
-  const int64_t tiles = panels_for(count, kTileHeight), strip = digit_strip(rows.k);
+  const int64_t tiles = panels_for(count, kTileHeight), strip = digit_strip(rows.k), steps = digit_steps(rows.k);
+  const int64_t rows_a_step = panels_for(kTileHeight, steps);
   alignas(64) int32_t sums[4 * 256];
-  // A block is converted while the next one is multiplied. That one's sums are stored behind it: loads would wait for
-  // stores before them to places a multiple of 4 KB apart.
+  // A block is converted while the next one is multiplied, some rows after each of its steps, so that vectors and tiles
+  // are busy at the same time. That one's sums are stored behind it.
   for (int64_t item = 0; item <= V * tiles; ++item) {
-    if (item < V * tiles) {
-      const uint8_t *const left = rows.tiles + item % tiles * strip,
-                    *const right = panel + item / tiles * digit_column_block(rows.k) + 64;
-      (rows.few ? multiply_few_digits : multiply_digits)(left, right, digit_steps(rows.k));
-    }
-    if (item > 0) {
-      const int64_t v = (item - 1) / tiles, first = (item - 1) % tiles * kTileHeight;
-      const vf column_units = load(reinterpret_cast<const float*>(panel + v * digit_column_block(rows.k)));
-      float* to = out + first * out_stride + (v == V - 1 ? Last : v) * kLanes;
-      for (int64_t i = first; i < count && i < first + kTileHeight; ++i, to += out_stride) {
+    const int64_t v = item == 0 ? 0 : (item - 1) / tiles, first = item == 0 ? 0 : (item - 1) % tiles * kTileHeight;
+    const int64_t many = item == 0 ? 0 : count - first < kTileHeight ? count - first : kTileHeight;
+    const int64_t place = (v == V - 1 ? Last : v) * kLanes;
+    const vf column_units = load(reinterpret_cast<const float*>(panel + v * digit_column_block(rows.k)));
+    const vf start = bias == nullptr ? vf{} : load(bias + place);
+    float* const to = out + first * out_stride + place;
+    const auto convert = [&](int64_t from, int64_t end) __attribute__((always_inline)) {
+      for (int64_t i = from; i < end && i < many; ++i) {
         vi high, middle, low;
         if (rows.few) {
           const auto sum = [&](int64_t x, int64_t y) { return load_as<vi>(sums + 256 * y + (i * kDigits + x) * kLanes); };
@@ -219,19 +225,28 @@ static __attribute__((noinline)) void digit_product(const DigitRows& rows, const
           middle = sum(0, 1) + sum(1, 0);
           low = sum(0, 2) + sum(1, 1) + sum(2, 0);
         } else {
-          const int32_t* const from = sums + (i - first) * kLanes;
-          high = load_as<vi>(from);
-          middle = load_as<vi>(from + 256);
-          low = load_as<vi>(from + 512) + load_as<vi>(from + 768);
+          const int32_t* const at = sums + i * kLanes;
+          high = load_as<vi>(at);
+          middle = load_as<vi>(at + 256);
+          low = load_as<vi>(at + 512) + load_as<vi>(at + 768);
         }
         const vf sum = (to_float(high) * 256.0f + to_float(middle)) * 256.0f + to_float(low);
-        store(to, load(to) + sum * (column_units * *units[i]));
+        float* const row = to + i * out_stride;
+        store(row, (bias == nullptr ? load(row) : start) + sum * (column_units * *units[first + i]));
       }
-    }
-    if (item < V * tiles) store_sums(sums, rows.few);
+    };
+    if (item == V * tiles) return convert(0, kTileHeight);
+    const auto between = [&](int64_t s) __attribute__((always_inline)) { convert(s * rows_a_step, (s + 1) * rows_a_step); };
+    const uint8_t *const left = rows.tiles + item % tiles * strip,
+                  *const right = panel + item / tiles * digit_column_block(rows.k) + 64;
+    if (rows.few)
+      multiply_few_digits(left, right, steps, between);
+    else
+      multiply_digits(left, right, steps, between);
+    store_sums(sums, rows.few);
   }
 #else
-  (void)rows, (void)units, (void)count, (void)panel, (void)out, (void)out_stride;
+  (void)rows, (void)units, (void)count, (void)panel, (void)out, (void)out_stride, (void)bias;
 #endif
 }
 

@@ -76,12 +76,13 @@ class Forward {
       const Rows input = {a.input + low * a.inputs, nullptr, high - low, a.inputs};
       const auto gates = [&](int64_t u) { return gates_ + (u * gate_rows_ + low - base(low)) * kPanel; };
       if (kDigits) input_rows.put(input.first, high - low, thread, threads, barrier);
-      for (int64_t u = own.begin; u < own.end; ++u) {
-        fill_bias(gates(u), a.bias + u * kPanel, high - low);
-        if constexpr (!kDigits)
+      if constexpr (kDigits)
+        return input_rows.template product<4, 3>(high - low, own, a.bias, tiles, gates);
+      else
+        for (int64_t u = own.begin; u < own.end; ++u) {
+          fill_bias(gates(u), a.bias + u * kPanel, high - low);
           panel_product(input, high - low, panel(a.w_ih, u, a.inputs), a.inputs, gates(u), kPanel);
-      }
-      if constexpr (kDigits) input_rows.template product<4, 3>(high - low, own, tiles, gates);
+        }
     };
     const auto take = [&](const Walk& step, int64_t low) {
       if (kDigits) tiles.set_rows(step.rows(), states_.few());

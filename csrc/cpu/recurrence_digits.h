@@ -138,14 +138,15 @@ class InputRows {
     if (wide_rows_ > 0) barrier.wait();
   }
 
-  // Adds the products of a chunk's rows with some panels to out(panel). Takes the tile registers.
+  // A chunk's rows times some panels, and the panels' bias, to out(panel). Takes the tile registers.
   template <int V, int Last, typename Out>
-  void product(int64_t rows, Range panels, DigitTiles& tiles, const Out& out) const {
-    if (wide_rows_ < rows) {
-      tiles.set_rows(rows);
-      for (int64_t u = panels.begin; u < panels.end; ++u)
+  void product(int64_t rows, Range panels, const float* bias, DigitTiles& tiles, const Out& out) const {
+    tiles.set_rows(rows);
+    for (int64_t u = panels.begin; u < panels.end; ++u) {
+      if (wide_rows_ == rows || V < 4) fill_bias(out(u), bias + u * kPanel, rows);
+      if (wide_rows_ < rows)
         digit_product<V, Last>(digits_, {units_, nullptr, rows, 1}, rows, weights_ + u * V * digit_column_block(k_), out(u),
-                               kPanel);
+                               kPanel, bias + u * kPanel);
     }
     if (wide_rows_ == 0) return;
     tiles.lost();

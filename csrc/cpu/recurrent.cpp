@@ -115,10 +115,11 @@ class Layer {
     if (kShared) states_.begin(Walk(a.batch_sizes, a.steps, total_, a.reverse), own_vectors, thread, threads, barrier);
     const auto inputs = [&](int64_t low, int64_t high) {
       if (kDigits) input_rows.put(a.input + low * a.inputs, high - low, thread, threads, barrier);
-      for (int64_t u = own.begin; u < own.end; ++u) input_panel(u, low, high);
       if constexpr (kDigits)
-        input_rows.template product<Cell::kVectors, Cell::kInputLast>(high - low, own, tiles,
-                                                                      [&](int64_t u) { return sums(u, low, low); });
+        return input_rows.template product<Cell::kVectors, Cell::kInputLast>(
+            high - low, own, a.bias, tiles, [&](int64_t u) { return sums(u, low, low); });
+      else
+        for (int64_t u = own.begin; u < own.end; ++u) input_panel(u, low, high);
     };
     const auto take = [&](const Walk& step, int64_t low) {
       if (kScaled)
