@@ -10,7 +10,9 @@
 #include <vector>
 
 #include "check.h"
+#include "fastlm/elementwise.h"
 #include "fastlm/philox.h"
+#include "fastlm/program.h"
 
 namespace {
 
@@ -125,6 +127,24 @@ FASTLM_TEST(sample_rows_shared_by_threads) {
         CHECK(alone.run() == -1 && crew.run() == -1);
         CHECK(alone.tokens == crew.tokens && crew.tokens.back() == vocab - 1);
       }
+}
+
+FASTLM_TEST(sample_replayed_by_a_team) {
+  for (const int64_t batch : {1, 3})
+    for (const double top_p : {1.0, 0.5}) {
+      int64_t positions[3] = {}, log[3 * 8];
+      Case direct(batch, 40000), replayed(batch, 40000, 2);
+      for (Case* c : {&direct, &replayed}) c->args.top_p.value = top_p;
+      replayed.args.position.rows = positions;
+      fastlm::Program program(2);
+      program.add([&] { return replayed.run(); });
+      program.add([&] { return fastlm::offset({positions, nullptr, 1, positions, nullptr, batch, 1}), int64_t{-1}; });
+      CHECK(program.run(8, {replayed.tokens.data(), batch, nullptr, 0, log}, 2).replays == 8);
+      for (int64_t position = 0; position < 8; ++position) {
+        direct.args.position.value = position;
+        CHECK(direct.run() == -1 && std::equal(direct.tokens.begin(), direct.tokens.end(), log + position * batch));
+      }
+    }
 }
 
 // Draws where near weights decide are to be those of exact ones, which a min_p below every weight asks for. What is
