@@ -15,10 +15,10 @@
 #include "fastlm/sample.h"
 
 #include <cfloat>
-#include <cstring>
 
 #include "fastlm/philox.h"
 #include "kernel_table.h"
+#include "sample_options.h"
 #include "sample_weights.h"
 #include "simd.h"
 #include "threads.h"
@@ -95,67 +95,6 @@ Scratch scratch_of(const SampleArgs& a, int thread) {
   s.sums = reinterpret_cast<int64_t*>(take(padded / 16));
   s.maxima = reinterpret_cast<float*>(take(padded / 8));
   return s;
-}
-
-// The options of one row.
-struct Options {
-  double temperature, top_p;
-  float min_p, repetition, presence, frequency;
-  int64_t top_k, history, prompt;
-  uint64_t seed, sequence;
-  uint32_t position;
-
-  bool penalised() const { return repetition != 1 || presence != 0 || frequency != 0; }
-};
-
-double at(const RealOption& option, int64_t row) { return option.rows ? option.rows[row] : option.value; }
-int64_t at(const IntegerOption& option, int64_t row) { return option.rows ? option.rows[row] : option.value; }
-
-Options options_of(const SampleArgs& a, int64_t row) {
-  Options o;
-  o.temperature = at(a.temperature, row);
-  o.top_p = at(a.top_p, row);
-  o.min_p = float(at(a.min_p, row));
-  o.repetition = float(at(a.repetition_penalty, row));
-  o.presence = float(at(a.presence_penalty, row));
-  o.frequency = float(at(a.frequency_penalty, row));
-  o.top_k = at(a.top_k, row);
-  o.seed = uint64_t(at(a.seed, row));
-  o.sequence = uint64_t(at(a.sequence, row));
-  o.position = uint32_t(at(a.position, row));
-  o.history = at(a.history_lengths, row);
-  o.prompt = at(a.prompt_lengths, row);
-  return o;
-}
-
-// Copies the row, with bias, to s.logits and applies the penalties. False: a history id is outside the vocabulary.
-bool process(const float* logits, const float* bias, const int64_t* history, int64_t n, const Options& o,
-             const Scratch& s) {
-  if (bias == nullptr)
-    std::memcpy(s.logits, logits, n * sizeof(float));
-  else
-    for (int64_t i = 0; i < n; ++i) s.logits[i] = logits[i] + bias[i];
-  if (history == nullptr || !o.penalised()) return true;
-  for (int64_t j = 0; j < o.history; ++j)
-    if (history[j] < 0 || history[j] >= n) return false;
-  // Counts are kept as 2 * (occurrences after the prompt) + 1, so that 0 means unseen; and back to 0 once applied.
-  for (int64_t j = 0; j < o.history; ++j) {
-    uint32_t& count = s.counts[history[j]];
-    count = (count | 1) + (j >= o.prompt ? 2 : 0);
-  }
-  for (int64_t j = 0; j < o.history; ++j) {
-    const uint32_t count = s.counts[history[j]];
-    if (count == 0) continue;
-    s.counts[history[j]] = 0;
-    float x = s.logits[history[j]];
-    x = x < 0 ? x * o.repetition : x / o.repetition;
-    if (count > 1) {
-      x = x - o.frequency * float(count >> 1);
-      x = x - o.presence;
-    }
-    s.logits[history[j]] = x;
-  }
-  return true;
 }
 
 // The maximum of each lane of the groups; NaN where the lane has NaN or +inf.
@@ -447,7 +386,7 @@ int64_t sample_row(const SampleArgs& a, int64_t row, const Scratch& s, const Cre
   const int64_t* history = a.history == nullptr ? nullptr : a.history + row * a.history_stride;
   if (a.bias != nullptr || (history != nullptr && o.penalised())) {
     const float* bias = a.bias == nullptr ? nullptr : a.bias + row * a.bias_stride;
-    if (crew.thread == 0) s.sums[0] = process(x, bias, history, n, o, s);
+    if (crew.thread == 0) s.sums[0] = process(x, bias, history, n, o, s.logits, s.counts);
     crew.meet();
     if (!s.sums[0]) return -1;
     x = s.logits;
