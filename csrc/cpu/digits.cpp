@@ -14,7 +14,9 @@ namespace {
 int64_t padded_depth(int64_t k, int64_t groups) { return panels_for(k / groups, kTileHeight) * kTileHeight * groups; }
 
 // Of 16 columns as parts.
-int64_t parts_bytes(int64_t k) { return panels_for(k, kDepth) * kParts * kTileWords * static_cast<int64_t>(sizeof(uint32_t)); }
+int64_t parts_bytes(int64_t k) {
+  return panels_for(k, kDepth) * kParts * kTileWords * static_cast<int64_t>(sizeof(uint32_t));
+}
 
 // Of 16 columns; without a group, of parts, digits and what a row is judged by (InputRows).
 int64_t block_bytes(int64_t k, int64_t groups) {

@@ -30,8 +30,8 @@ FASTLM_INLINE float* take_floats(float*& memory, int64_t n) {
   return reinterpret_cast<float*>(take_bytes(memory, n * static_cast<int64_t>(sizeof(float))));
 }
 
-// Rows of input whose numbers need not have one scale, as states have: three bfloat16 each, which keep the range of floats
-// (amx.h); and so are the weights, in blocks of 16 columns.
+// Rows of input whose numbers need not have one scale, as states have: three bfloat16 each, which keep the range of
+// floats (amx.h); and so are the weights, in blocks of 16 columns.
 class InputParts {
  public:
   static int64_t words(int64_t k) { return panels_for(k, kDepth) * kParts * kTileWords; }  // of 16 rows, or columns
@@ -91,9 +91,9 @@ class InputParts {
   uint32_t* tiles_ = nullptr;
 };
 
-// Rows of input, of a chunk at a time: as digits where rounding to 24 bits of the row's largest number, and of a column of
-// W_ih's, moves no sum by more than gates are rounded by anyway; else, if only by one feature much larger than the others,
-// as parts, in twice the time. Each row by itself. Weights are packed as both (fastlm/pack.h, k_groups = 0).
+// Rows of input, of a chunk at a time: as digits where rounding to 24 bits of the row's largest number, and of a column
+// of W_ih's, moves no sum by more than gates are rounded by anyway; else, if only by one feature much larger than the
+// others, as parts, in twice the time. Each row by itself. Weights are packed as both (fastlm/pack.h, k_groups = 0).
 class InputRows {
  public:
   InputRows() = default;
@@ -167,7 +167,7 @@ class InputRows {
   }
 
   static constexpr float kMostError = 8.0f;  // sums of gates between 4 and 8 are rounded by as much
-  static constexpr int64_t kMostDepth = 40000;  // three products of digits, 2^14 at most, of so many numbers fit 32 bits
+  static constexpr int64_t kMostDepth = 40000;  // three products of digits, 2^14 at most, of so many fit 32 bits
   int64_t k_ = 0, blocks_ = 0, wide_rows_ = 0;
   const void* parts_weights_ = nullptr;
   InputParts parts_;

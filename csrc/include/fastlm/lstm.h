@@ -37,7 +37,8 @@ struct LstmForward {
   float* unprojected;
   float* scratch;  // lstm_forward_scratch(args) floats, aligned to 64 bytes
   int threads;
-  // w_hh comes as digits, w_ih packed for inputs (pack_digits; digit_tiles() alone), without a projection. Other bits than with floats.
+  // w_hh comes as digits, w_ih packed for inputs (pack_digits; digit_tiles() alone), without a projection. Other bits
+  // than with floats.
   bool digits = false;
 };
 void lstm_forward(const LstmForward& args);

@@ -33,7 +33,8 @@ struct PackDigits {
   int64_t stride_k, stride_n;
   int64_t gates;     // of n, as in PackPanels
   int64_t k_groups;  // k counts so many groups of rows, each filled up to a multiple of 16; 1: none
-                     // 0: for inputs, whose numbers need not have one scale: all as parts, all as digits, and each column's norm
+                     // 0: for inputs, whose numbers need not have one scale: all as parts, all as digits, each column's
+                     // norm
   void* packed;      // out: packed_digits_size(k, n, gates, k_groups) bytes, aligned to 64
   int threads;
 };
