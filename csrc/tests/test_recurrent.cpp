@@ -2,6 +2,9 @@
 // header promises, so that the sanitizer sees a step beyond it.
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "check.h"
@@ -64,11 +67,27 @@ Floats packed(const Floats& source, int64_t k, int64_t n, int64_t gates) {
   return out;
 }
 
+// Memory in whole lines of the cache.
+struct Lines {
+  explicit Lines(int64_t bytes) : memory(std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free) {
+    std::memset(memory.get(), 0xff, bytes);
+  }
+  void* data() const { return memory.get(); }
+  std::unique_ptr<void, void (*)(void*)> memory;
+};
+
+Lines digits(const Floats& source, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n, int64_t gates,
+             int64_t groups) {
+  Lines out(fastlm::packed_digits_size(k, n, gates, groups));
+  fastlm::pack_digits({source.data(), k, n, stride_k, stride_n, gates, groups, out.data(), 2});
+  return out;
+}
+
 struct Result {
   Floats output, h_n, gates;  // gates: where saved, and of a GRU
 };
 
-Result native(const Layer& l, int threads, bool save = false) {
+Result native(const Layer& l, int threads, bool save = false, bool in_digits = false) {
   const int64_t H = l.hidden, rows = static_cast<int64_t>(l.input.size()) / l.inputs;
   const bool gru = l.cell == RecurrentCell::gru;
   const Floats h0(l.h0.begin(), l.h0.end());
@@ -81,14 +100,16 @@ Result native(const Layer& l, int threads, bool save = false) {
   const int64_t gates = gru ? 3 : 0;
   const Floats w_ih = packed(l.w_ih, l.inputs, l.gates() * H, gates), w_hh = packed(l.w_hh, H, l.gates() * H, gates),
                b = packed(bias, 1, static_cast<int64_t>(bias.size()), gru ? 4 : 0);
+  Lines ih = in_digits ? digits(l.w_ih, l.inputs, l.gates() * H, 1, l.inputs, gates, 0) : Lines(0);
+  Lines hh = in_digits ? digits(l.w_hh, H, l.gates() * H, 1, H, gates, 1) : Lines(0);
   const int64_t lanes = fastlm::simd_lanes();
   const int64_t saved = save && gru ? (H + lanes - 1) / lanes * rows * 4 * lanes : 0;
   Result r{Floats(rows * H, NAN), Floats(h0.size(), NAN), Floats(saved, NAN)};
-  fastlm::RecurrentForward args = {l.cell, l.steps(), l.sizes.data(), l.inputs, H, l.input.data(), false, w_ih.data(), w_hh.data(),
-                             b.data(), h0.data(), l.reverse, r.output.data(), r.h_n.data(),
-                             r.gates.empty() ? nullptr : r.gates.data(), nullptr, threads};
-  Floats scratch(fastlm::recurrent_forward_scratch(args), NAN);
-  args.scratch = scratch.data();
+  fastlm::RecurrentForward args = {l.cell, l.steps(), l.sizes.data(), l.inputs, H, l.input.data(), false,
+                                   in_digits ? ih.data() : w_ih.data(), in_digits ? hh.data() : w_hh.data(), b.data(), h0.data(), l.reverse, r.output.data(), r.h_n.data(),
+                             r.gates.empty() ? nullptr : r.gates.data(), nullptr, threads, in_digits};
+  Lines scratch(fastlm::recurrent_forward_scratch(args) * static_cast<int64_t>(sizeof(float)));
+  args.scratch = static_cast<float*>(scratch.data());
   fastlm::recurrent_forward(args);
   return r;
 }
@@ -141,19 +162,22 @@ struct Gradients {
 
 // Of the sum of output times grad_output and h_n times grad_h_n.
 Gradients native_gradients(const Layer& l, const Result& r, const Floats& grad_output, const Floats& grad_h_n,
-                           int threads) {
+                           int threads, bool in_digits = false) {
   const int64_t H = l.hidden, columns = l.gates() * H, rows = static_cast<int64_t>(l.input.size()) / l.inputs;
   const bool gru = l.cell == RecurrentCell::gru;
   const Floats h0(l.h0.begin(), l.h0.end());
   Floats w_hh(fastlm::packed_size(columns, H, 0), NAN);
   fastlm::pack_panels({l.w_hh.data(), columns, H, H, 1, 0, w_hh.data(), 1});
+  Lines across = in_digits ? digits(l.w_hh, columns, H, H, 1, 0, l.gates()) : Lines(0);
   Gradients g{Floats(gru ? rows * columns : 0, NAN), Floats(rows * columns, NAN), Floats(rows * H, NAN),
               Floats(h0.size(), NAN)};
-  fastlm::RecurrentBackward args = {l.cell, l.steps(), l.sizes.data(), H, w_hh.data(), h0.data(), l.reverse, r.output.data(),
+  fastlm::RecurrentBackward args = {l.cell, l.steps(), l.sizes.data(), H, in_digits ? across.data() : w_hh.data(),
+                              h0.data(), l.reverse, r.output.data(),
                               gru ? r.gates.data() : nullptr, grad_output.data(), grad_h_n.data(),
-                              gru ? g.x.data() : nullptr, g.h.data(), g.previous.data(), g.h0.data(), nullptr, threads};
-  Floats scratch(fastlm::recurrent_backward_scratch(args), NAN);
-  args.scratch = scratch.data();
+                              gru ? g.x.data() : nullptr, g.h.data(), g.previous.data(), g.h0.data(), nullptr, threads,
+                              in_digits};
+  Lines scratch(fastlm::recurrent_backward_scratch(args) * static_cast<int64_t>(sizeof(float)));
+  args.scratch = static_cast<float*>(scratch.data());
   fastlm::recurrent_backward(args);
   return g;
 }
@@ -229,4 +253,46 @@ FASTLM_TEST(recurrent_forward_agrees_with_the_formulas) {
         CHECK(close(found.h_n, h_n));
         CHECK(native(l, 1).output == found.output);
       }
+}
+
+// All digits of up to five rows lie in one tile. The gradients of float kernels are those of the same states.
+FASTLM_TEST(recurrent_in_digits_agrees_with_the_formulas) {
+  if (!fastlm::digit_tiles()) return;
+  for (RecurrentCell cell : {RecurrentCell::gru, RecurrentCell::tanh})
+    for (bool reverse : {false, true})
+      for (const std::vector<int64_t>& sizes : {std::vector<int64_t>{1, 1}, {4, 4, 2, 1}, {5, 5, 5}, {6, 6, 3}, {33, 17, 1}})
+        for (int64_t hidden : {19, 130}) {
+          const Layer l = make_layer(cell, 5, hidden, sizes, reverse);
+          Doubles output, h_n;
+          reference(l, output, h_n);
+          const Result found = native(l, 2, true, true);
+          CHECK(close(found.output, output));
+          CHECK(close(found.h_n, h_n));
+          CHECK(native(l, 1, false, true).output == found.output);
+          Random random;
+          const Floats grad_output = random(output.size(), 1), grad_h_n = random(h_n.size(), 1);
+          const Gradients g = native_gradients(l, found, grad_output, grad_h_n, 2, true),
+                          floats = native_gradients(l, found, grad_output, grad_h_n, 2);
+          CHECK(close(g.h, Doubles(floats.h.begin(), floats.h.end())));
+          CHECK(close(g.h0, Doubles(floats.h0.begin(), floats.h0.end())));
+          CHECK(native_gradients(l, found, grad_output, grad_h_n, 1, true).h == g.h);
+        }
+}
+
+FASTLM_TEST(evenness_is_that_of_rows_and_of_columns) {
+  const auto of = [](const Floats& matrix, int64_t rows, int64_t columns) {
+    const int64_t alone = fastlm::evenness({matrix.data(), rows, columns, 1});
+    CHECK(fastlm::evenness({matrix.data(), rows, columns, 2}) == alone);
+    return alone;
+  };
+  for (int64_t rows : {1, 70, 300})
+    for (int64_t columns : {1, 67, 1000}) {
+      Floats m(rows * columns, 0.5f);
+      CHECK(of(m, rows, columns) == 3);
+      m[rows * columns - 1] = -400.0f;  // the last of its row and its column
+      CHECK(of(m, rows, columns) == ((columns > 49 ? 0 : 1) | (rows > 49 ? 0 : 2)));
+      m[0] = NAN;  // whatever it is of says nothing
+      CHECK(of(m, rows, columns) == ((columns > 49 && rows > 1 ? 0 : 1) | (rows > 49 && columns > 1 ? 0 : 2)));
+    }
+  CHECK(of(Floats(100 * 100, 0.0f), 100, 100) == 3);
 }
