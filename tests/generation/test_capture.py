@@ -231,6 +231,22 @@ def test_other_torch_operations_are_refused_by_name(name: str, operation: Callab
     assert Captured(step, count).run(1) == [[3]]
 
 
+def test_a_team_shares_light_work_that_single_calls_do_not() -> None:
+    x, other, watched = torch.randn(7, 768), torch.randn(7, 768), torch.zeros(1, dtype=torch.int64)
+    cos, sin = torch.randn(7, 32), torch.randn(7, 32)
+
+    def step() -> Tensor:
+        y = ops.swiglu(ops.rms_norm(x), other)
+        turned = ops.rotary(y.view(1, 7, 12, 64).transpose(1, 2), cos, sin)
+        return turned + x.view(1, 12, 7, 64)
+
+    captured = Captured(step, watched)
+    x.normal_()
+    captured.result.fill_(float("nan"))
+    captured.run(1)
+    assert torch.equal(captured.result, step())
+
+
 def test_translated_operations_are_replayed() -> None:
     count, step = _counter()
     table, state = torch.randn(6, 3), torch.zeros(4, 3)
