@@ -129,9 +129,9 @@ class Forward {
     const int n = lanes_left(a.hidden, u * kLanes);
     of_x_.set<Gates>(low - base, u, gates, kPanel, high - low, n);
     if (!save_) return;
-    for (int64_t row = low; row < high; ++row, gates += kPanel)
-      for (int v = 0; v < Gates; ++v)
-        store_lanes(a.raw_ih + (row * Gates + v) * a.hidden + u * kLanes, load(gates + v * kLanes), n);
+    float* to = a.raw_ih + (u * total_ + low) * kWeights;
+    for (int64_t row = low; row < high; ++row, gates += kPanel, to += kWeights)
+      std::memcpy(to, gates, kWeights * sizeof(float));
   }
 
   // The last gate's product goes to the vector `Last`.

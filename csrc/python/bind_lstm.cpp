@@ -208,9 +208,9 @@ void run_variant_backward(int64_t gates, const std::vector<int64_t>& batch_sizes
   VariantBackward args = {
       gates, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), hidden, variant_of(t, zoneout_stride),
       t["w_hh"], t["h0"], t["h0_dropped"], t["c0"], reverse, t["output"], t["dropped"], t["activated"], t["cells"],
-      t["raw_hh"], t["stats"], t["grad_output"], t["grad_h_n"], t["grad_c_n"], t["grad_gates"], t["grad_raw_hh"],
-      t["grad_ln_hh"], t["grad_b_hn"], t["grad_ln_c"], t["grad_ln_c_bias"], t["previous"], t["grad_h0"], t["grad_c0"],
-      nullptr, threads, digits};
+      t["raw_ih"], t["raw_hh"], t["stats"], t["grad_output"], t["grad_h_n"], t["grad_c_n"], t["grad_gates"],
+      t["grad_raw_hh"], t["grad_bias"], t["grad_ln_ih"], t["grad_ln_hh"], t["grad_ln_c"], t["grad_ln_c_bias"],
+      t["previous"], t["grad_h0"], t["grad_c0"], nullptr, threads, digits};
   t.check_all_known();
   args.scratch = static_cast<float*>(scratch(variant_backward_scratch(args) * sizeof(float)));
   py::gil_scoped_release unlocked;

@@ -171,7 +171,7 @@ void is_right(const Layer& l, bool in_digits = false) {
       const bool norm = save && l.norm;
       output = unwritten(N * H), h_n = unwritten(B * H), c_n = unwritten(B * cells_of);
       dropped = unwritten(l.noise ? N * H : 0), activated = unwritten(save ? N * 4 * units : 0);
-      cells = unwritten(save ? N * cells_of : 0), raw_ih = unwritten(norm ? N * G * H : 0);
+      cells = unwritten(save ? N * cells_of : 0), raw_ih = unwritten(norm ? N * G * units : 0);
       raw_hh = unwritten(norm ? N * G * units : 0), stats = unwritten(norm ? (2 * G - 2) * N : 0);
       fastlm::VariantForward args = {
           G, l.steps(), l.sizes.data(), l.inputs, H, variant, l.input.data(), in_digits ? ih.data : w_ih.data(),
@@ -188,16 +188,17 @@ void is_right(const Layer& l, bool in_digits = false) {
     }
   const Floats g_output = random(N * H), g_h = random(B * H), g_c = random(B * cells_of);
   const Floats columns = packed(l.w_hh, G * H, H, H, 1, 0);
-  const int64_t of_c = l.norm ? cells_of : 0, of_n = l.norm ? H - cells_of : 0;
+  const int64_t of_c = l.norm ? cells_of : 0;
   Floats grad_gates = unwritten(N * G * H), grad_raw = unwritten(l.norm || G == 3 ? N * G * H : 0),
-         grad_ln_hh = unwritten(l.norm ? G * H : 0), grad_b_hn = unwritten(of_n), grad_ln_c = unwritten(of_c),
+         summed_bias = unwritten(l.norm ? 4 * H : 0), grad_ln_ih = unwritten(l.norm ? G * H : 0),
+         grad_ln_hh = unwritten(l.norm ? G * H : 0), grad_ln_c = unwritten(of_c),
          grad_ln_c_bias = unwritten(of_c), previous = unwritten(N * H), grad_h0 = unwritten(B * H),
          grad_c0 = unwritten(B * cells_of);
   fastlm::VariantBackward args = {
       G, l.steps(), l.sizes.data(), H, variant, in_digits ? across.data : columns.data(), h0.data(), h0_dropped.data(),
-      given(c0), l.reverse, output.data(), given(dropped), activated.data(), given(cells), given(raw_hh), given(stats),
-      g_output.data(), g_h.data(), given(g_c), grad_gates.data(), given(grad_raw), given(grad_ln_hh), given(grad_b_hn),
-      given(grad_ln_c), given(grad_ln_c_bias), previous.data(), grad_h0.data(), given(grad_c0), nullptr, 2, in_digits};
+      given(c0), l.reverse, output.data(), given(dropped), activated.data(), given(cells), given(raw_ih), given(raw_hh),
+      given(stats), g_output.data(), g_h.data(), given(g_c), grad_gates.data(), given(grad_raw), given(summed_bias),
+      given(grad_ln_ih), given(grad_ln_hh), given(grad_ln_c), given(grad_ln_c_bias), previous.data(), grad_h0.data(), given(grad_c0), nullptr, 2, in_digits};
   const Aligned scratch(fastlm::variant_backward_scratch(args) * static_cast<int64_t>(sizeof(float)));
   args.scratch = static_cast<float*>(scratch.data);
   fastlm::variant_backward(args);
@@ -221,13 +222,14 @@ void is_right(const Layer& l, bool in_digits = false) {
   };
   CHECK(distance(grad_h0, differences(v.h0).data()) < 1e-4);
   CHECK(distance(grad_c0, differences(v.c0).data()) < 1e-4);
-  Floats grad_bias(4 * H);
-  for (int64_t i = 0; i < N * G * H; ++i) grad_bias[i % (G * H)] += grad_gates[i];
-  for (int64_t i = 0; G == 3 && i < H; ++i)  // b_hn's
-    for (int64_t row = 0; row < (l.norm ? 1 : N); ++row)
-      grad_bias[3 * H + i] += l.norm ? grad_b_hn[i] : grad_raw[row * 3 * H + 2 * H + i];
+  Floats grad_bias = summed_bias;
+  if (!l.norm) {
+    grad_bias.assign(4 * H, 0);
+    for (int64_t i = 0; i < N * G * H; ++i) grad_bias[i % (G * H)] += grad_gates[i];
+    for (int64_t i = 0; G == 3 && i < N * H; ++i) grad_bias[3 * H + i % H] += grad_raw[i / H * 3 * H + 2 * H + i % H];
+  }
   CHECK(distance(grad_bias, differences(v.bias).data()) < 1e-4);
-  for (const Floats* written : {&grad_raw, &grad_ln_hh, &grad_b_hn, &grad_ln_c, &grad_ln_c_bias, &previous})
+  for (const Floats* written : {&grad_gates, &grad_raw, &grad_ln_ih, &grad_ln_hh, &grad_ln_c, &grad_ln_c_bias, &previous})
     for (float value : *written) CHECK(!std::isnan(value));
 }
 

@@ -51,8 +51,8 @@ struct VariantForward {
   // For the backward pass, or null. Out; the last three with layer normalisation alone.
   float* activated;  // [H/L][N][4][L]: LSTM the gates; GRU r, z, n, h_n
   float* cells;      // [N, H], LSTM
-  float* raw_ih;     // [N, G H]: W_ih x
-  float* raw_hh;     // [H/L][N][G][L]: W_hh (m h)
+  float* raw_ih;     // [H/L][N][G][L]: W_ih x
+  float* raw_hh;     // alike: W_hh (m h)
   float* stats;      // [2 G - 2][N]: mean and 1 / standard deviation of W_ih x, W_hh (m h), LSTM c~
   float* scratch;    // variant_forward_scratch(...) floats, aligned to 64 bytes
   int threads;
@@ -76,16 +76,18 @@ struct VariantBackward {
   const float* dropped;
   const float* activated;
   const float* cells;
+  const float* raw_ih;
   const float* raw_hh;
   const float* stats;
   const float* grad_output;  // [N, H] or null: zero
   const float* grad_h_n;     // [B, H] or null
   const float* grad_c_n;     // [B, H] or null
-  float* grad_gates;         // [N, G H] out: gradient of x
+  float* grad_gates;         // [N, G H] out: gradient of W_ih x, which without normalisation is x's
   float* grad_raw_hh;        // [N, G H] out: that of W_hh (m h); null of an LSTM without normalisation: it is the same
   // With layer normalisation, else null. Out.
+  float* grad_bias;       // [4 H], in the order of `bias`
+  float* grad_ln_ih;      // [G H]
   float* grad_ln_hh;      // [G H]
-  float* grad_b_hn;       // [H], GRU: b_hh's but for n is that of x
   float* grad_ln_c;       // [H], LSTM
   float* grad_ln_c_bias;  // [H], LSTM
   float* previous;        // [N, H] out: m h before each row's step, for the gradient of W_hh; or null

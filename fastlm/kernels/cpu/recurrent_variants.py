@@ -140,7 +140,7 @@ def layer_forward(
         tensors["activated"] = native.empty(panels, rows, 4, lanes)
         tensors["cells"] = native.empty(rows, hidden) if gates == 4 else None
         if norms[0] is not None:
-            tensors["raw_ih"] = native.empty(rows, gates * hidden)
+            tensors["raw_ih"] = native.empty(panels, rows, gates, lanes)
             tensors["raw_hh"] = native.empty(panels, rows, gates, lanes)
             tensors["stats"] = input.new_empty(2 * gates - 2, rows)
     final = [torch.empty_like(state, memory_format=torch.contiguous_format) for state in states]
@@ -186,17 +186,16 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
     digits = _enough(saved.batch_sizes) and lstm.gradients_in_digits(saved.batch_sizes, wide_ih, wide_hh)
     in_which = lstm.columns_in_digits(gates) if digits else lstm.pack_columns
     variant, stride = _variant(given, gates)
-    ln_ih, raw_ih, stats = (given[name] for name in ("ln_ih", "raw_ih", "stats"))
-    norm = ln_ih is not None
+    norm = given["ln_ih"] is not None
     of_x = native.empty(rows, gates * hidden)
     of_raw = native.empty(rows, gates * hidden) if norm or gates == 3 else of_x
     previous = input.new_empty(rows, hidden) if needs[2] else None
     of_states = [torch.empty_like(h0) for _ in grads[1:]]
-    sizes = {"grad_ln_hh": gates * hidden}
-    sizes |= {"grad_ln_c": hidden, "grad_ln_c_bias": hidden} if gates == 4 else {"grad_b_hn": hidden}
+    sizes = {"grad_bias": 4 * hidden, "grad_ln_ih": gates * hidden, "grad_ln_hh": gates * hidden}
+    sizes |= {"grad_ln_c": hidden, "grad_ln_c_bias": hidden} if gates == 4 else {}
     of_norms = {name: input.new_empty(size) for name, size in sizes.items()} if norm else {}
     tensors: dict[str, Tensor | None] = {
-        **{name: t for name, t in given.items() if name not in ("input", "w_ih", "raw_ih")},
+        **{name: t for name, t in given.items() if name not in ("input", "w_ih")},
         **variant,
         **of_norms,
         "w_hh": cached("columns of digits" if digits else "columns", (wide_hh,), in_which),
@@ -219,29 +218,21 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
         native.num_threads(),
         digits,
     )
-    of_b_ih = of_x.sum(0) if needs[3] or needs[4] else None
-    of_b_hh = None
-    if of_b_ih is not None and needs[4]:
-        if gates == 4:
-            of_b_hh = of_b_ih.clone()
-        else:
-            of_n = of_norms["grad_b_hn"] if norm else of_raw[:, 2 * hidden :].sum(0)
-            of_b_hh = torch.cat([of_b_ih[: 2 * hidden], of_n])
-    of_raw_ih, of_ln_ih = of_x, None
-    if ln_ih is not None and raw_ih is not None and stats is not None:
-        of_raw_ih, of_ln_ih, _ = torch.ops.aten.native_layer_norm_backward(
-            of_x, raw_ih, [gates * hidden], stats[0, :, None], stats[1, :, None], ln_ih.float(), None,
-            [True, True, False],
-        )  # fmt: skip
-    of_others = [of_norms.get(name) for name in ("grad_ln_hh", "grad_ln_c", "grad_ln_c_bias")]
+    bias = of_norms.get("grad_bias")
+    if bias is None and (needs[3] or needs[4]):
+        bias = of_x.sum(0) if gates == 4 else torch.cat([of_x.sum(0), of_raw[:, 2 * hidden :].sum(0)])
+    of_b_ih = of_b_hh = None
+    if bias is not None:  # of a GRU n's two apart, behind r's and z's
+        of_b_ih = bias[: gates * hidden]
+        of_b_hh = of_b_ih.clone() if gates == 4 else torch.cat([bias[: 2 * hidden], bias[3 * hidden :]])
+    of_gains = [of_norms.get(name) for name in ("grad_ln_ih", "grad_ln_hh", "grad_ln_c", "grad_ln_c_bias")]
     results = (
-        product(of_raw_ih, wide_ih) if needs[0] else None,
-        product(of_raw_ih.t(), input) if needs[1] else None,
+        product(of_x, wide_ih) if needs[0] else None,
+        product(of_x.t(), input) if needs[1] else None,
         None if previous is None else product(of_raw.t(), previous, digits=True),
         of_b_ih,
         of_b_hh,
-        of_ln_ih,
-        *of_others[: 2 * gates - 5],
+        *of_gains[: 2 * gates - 4],
         *of_states,
     )
     return tuple(result if need else None for result, need in zip(results, needs, strict=True))
