@@ -91,14 +91,15 @@ class InputParts {
   uint32_t* tiles_ = nullptr;
 };
 
-// Rows of input, of a chunk at a time: as digits where rounding to 24 bits of the row's largest number, and of a column
-// of W_ih's, moves no sum by more than gates are rounded by anyway; else, if only by one feature much larger than the
-// others, as parts, in twice the time. Each row by itself. Weights are packed as both (fastlm/pack.h, k_groups = 0).
+// Rows of input, of a chunk at a time: as digits where rounding to 24 bits of the row's largest number, and of a column of
+// W_ih's, moves no sum by more than gates are rounded by anyway; else, if only by one feature much larger than the others,
+// as parts, in twice the time. Each row by itself. Weights are packed as both (fastlm/pack.h, k_groups = 0). Sums that are
+// `normalised` are divided by their size, so what is rounded is held against that, guessed from the row's and W_ih's.
 class InputRows {
  public:
   InputRows() = default;
-  InputRows(float*& memory, int64_t rows, int64_t k, const void* weights, int64_t blocks)
-      : k_(k), parts_weights_(weights), parts_(memory, rows, k) {
+  InputRows(float*& memory, int64_t rows, int64_t k, const void* weights, int64_t blocks, bool normalised = false)
+      : k_(k), normalised_(normalised), parts_weights_(weights), parts_(memory, rows, k) {
     digits_ = {take_bytes(memory, digit_rows_bytes(rows, k)), k};
     units_ = take_floats(memory, rows);
     wide_ = reinterpret_cast<int32_t*>(take_floats(memory, rows));
@@ -121,7 +122,7 @@ class InputRows {
     const Range own = share(rows, thread, threads);
     for (int64_t i = own.begin; i < own.end; ++i) {
       const float* const x = input + i * k_;
-      const bool in_digits = error(x) <= kMostError;
+      const bool in_digits = few_errors(x);
       if (in_digits)
         put_row(x, k_, digits_, i, units_ + i);
       else
@@ -155,20 +156,24 @@ class InputRows {
   }
 
  private:
-  // In units of 2^-24: at most what rounding the row, and the weights, can add up to, if the errors' signs are random.
-  float error(const float* x) const {
+  bool few_errors(const float* x) const {
     vf squares{};
     for (int64_t i = 0; i < k_; i += kLanes) {
       const vf v = load_until(x, i, k_, 0.0f);
       squares += v * v;
     }
     const float most = float_of(static_cast<uint32_t>(largest_magnitude(x, k_)));  // NaN if there is one
-    return k_ > kMostDepth ? kMostError * 2 : most * norm_ + __builtin_sqrtf(reduce_add(squares)) * most_;
+    const float length = __builtin_sqrtf(reduce_add(squares));
+    // In units of 2^-24: at most what rounding the row, and the weights, can add up to, if the errors' signs are random.
+    const float error = most * norm_ + length * most_;
+    const float size = normalised_ ? length * norm_ / __builtin_sqrtf(static_cast<float>(k_)) : 1.0f;
+    return k_ <= kMostDepth && error <= kMostError * size;
   }
 
   static constexpr float kMostError = 8.0f;  // sums of gates between 4 and 8 are rounded by as much
   static constexpr int64_t kMostDepth = 40000;  // three products of digits, 2^14 at most, of so many fit 32 bits
   int64_t k_ = 0, blocks_ = 0, wide_rows_ = 0;
+  bool normalised_ = false;
   const void* parts_weights_ = nullptr;
   InputParts parts_;
   DigitRows digits_{};

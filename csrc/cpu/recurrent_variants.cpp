@@ -20,7 +20,7 @@ class Forward {
     float* scratch = a.scratch;
     gates_ = save_ ? a.activated : take_floats(scratch, panels_ * gate_rows_ * kPanel);
     if (digits_) {
-      input_parts_ = InputParts(scratch, chunk, a.inputs);
+      input_rows_ = InputRows(scratch, chunk, a.inputs, a.w_ih, panels_ * Gates, norm_);
       states_ = GradientDigits(scratch, batch, 1, a.hidden, a.threads);
     }
     if (norm_) {
@@ -45,13 +45,14 @@ class Forward {
     const Range own = share(panels_, thread, threads);
     const auto base = [&](int64_t low) { return save_ ? 0 : low; };  // the row that gates_ begins with
     DigitTiles tiles;
+    InputRows input_rows = input_rows_;
+    if (digits_) input_rows.begin();
     const auto inputs = [&](int64_t low, int64_t high) {
-      if (digits_) {
-        input_parts_.put(a.input + low * a.inputs, share(high - low, thread, threads));
-        barrier.wait();
-        tiles.lost();
-      }
-      for (int64_t u = own.begin; u < own.end; ++u) input_panel(u, low, high, base(low));
+      const auto gates = [&](int64_t u) { return gates_ + (u * gate_rows_ + low - base(low)) * kPanel; };
+      if (digits_) input_rows.put(a.input + low * a.inputs, high - low, thread, threads, barrier);
+      for (int64_t u = own.begin; u < own.end; ++u) begin_panel(u, low, high, gates(u));
+      if (digits_) input_rows.template product<Gates, Gates - 1>(high - low, own, tiles, gates);
+      for (int64_t u = own.begin; norm_ && u < own.end; ++u) keep_inputs(u, low, high, base(low), gates(u));
     };
     bool back = false;
     const auto take = [&](const Walk& step, int64_t low) {
@@ -114,20 +115,18 @@ class Forward {
     store_lanes(a.stats + (which + 1) * total_ + row, load(moments.scale), static_cast<int>(count));
   }
 
-  void input_panel(int64_t u, int64_t low, int64_t high, int64_t base) {
-    float* gates = gates_ + (u * gate_rows_ + low - base) * kPanel;
+  // The bias, which normalised sums are given later, and the product with the input if that is not in digits.
+  void begin_panel(int64_t u, int64_t low, int64_t high, float* gates) {
     if (norm_)
       std::memset(gates, 0, (high - low) * kPanel * sizeof(float));
     else
       fill_bias(gates, a.bias + u * kPanel, high - low);
-    if (digits_)
-      input_parts_.product<Gates, Gates - 1>(high - low, a.w_ih, u, gates);
-    else
+    if (!digits_)
       panel_product<Gates>({a.input + low * a.inputs, nullptr, high - low, a.inputs}, high - low,
                            static_cast<const float*>(a.w_ih) + u * a.inputs * kWeights, a.inputs, gates, kPanel);
-    if (!norm_) return;
-    const int n = lanes_left(a.hidden, u * kLanes);
-    of_x_.set<Gates>(low - base, u, gates, kPanel, high - low, n);
+  }
+  void keep_inputs(int64_t u, int64_t low, int64_t high, int64_t base, const float* gates) {
+    of_x_.set<Gates>(low - base, u, gates, kPanel, high - low, lanes_left(a.hidden, u * kLanes));
     if (!save_) return;
     float* to = a.raw_ih + (u * total_ + low) * kWeights;
     for (int64_t row = low; row < high; ++row, gates += kPanel, to += kWeights)
@@ -238,7 +237,7 @@ class Forward {
   float* raw_ = nullptr;     // [H/L][raw_rows][G][L], with layer normalisation, as new_c_ and the sums: W_hh (m h)
   float* new_c_ = nullptr;   // [B, padded H]: c~ of the step
   PanelSums of_x_, of_h_, of_c_;
-  InputParts input_parts_;   // of a chunk
+  InputRows input_rows_;     // of a chunk
   GradientDigits states_;    // m h before the step: as gradients, it has no bound known beforehand
   int64_t scratch_;          // floats in use
 };
