@@ -97,6 +97,28 @@ def test_states_of_any_size(op: str, norm: bool, what: str) -> None:
         assert_close_to_reference(fast, same, want, factor=20.0 if "large" in what else 3.0)
 
 
+@pytest.mark.parametrize("what", ["small inputs", "one large feature"])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_of_any_size(op: str, norm: bool, what: str) -> None:
+    """Normalisation divides W_ih x by its size, however small; one feature must not decide what is left of others."""
+    torch.manual_seed(4)
+    case = case_of(op, layer_norm=norm, hidden=64, width=50)
+    inputs = make_inputs(case)
+    if what == "small inputs":
+        inputs.input = inputs.input * 0.02  # eps is still small beside the variance
+    else:
+        inputs.input[..., 3] *= 1e4
+        for weight in inputs.weights[:1]:
+            weight[:, 3] /= 1e4
+    with torch.no_grad():
+        exact = call(case, inputs.to(torch.float64))
+        found = CPU(case, inputs.to(torch.float32))
+        floats = run_backend("reference")(case, inputs.to(torch.float32))
+    for fast, same, want in zip(found, floats, exact, strict=True):
+        assert_close_to_reference(fast, same, want, factor=3.0)
+
+
 @pytest.mark.parametrize("noise", ["d", "dhc"])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("op", OPS)
