@@ -21,6 +21,7 @@ class Forward {
     gates_ = save_ ? a.activated : take_floats(scratch, panels_ * gate_rows_ * kPanel);
     if (digits_) {
       input_rows_ = InputRows(scratch, chunk, a.inputs, a.w_ih, panels_ * Gates, norm_);
+      if (norm_) zeros_ = take_floats(scratch, panels_ * kPanel);
       states_ = GradientDigits(scratch, batch, 1, a.hidden, a.threads);
     }
     if (norm_) {
@@ -47,11 +48,13 @@ class Forward {
     DigitTiles tiles;
     InputRows input_rows = input_rows_;
     if (digits_) input_rows.begin();
+    if (digits_ && norm_) std::memset(zeros_ + own.begin * kPanel, 0, (own.end - own.begin) * kPanel * sizeof(float));
     const auto inputs = [&](int64_t low, int64_t high) {
       const auto gates = [&](int64_t u) { return gates_ + (u * gate_rows_ + low - base(low)) * kPanel; };
       if (digits_) input_rows.put(a.input + low * a.inputs, high - low, thread, threads, barrier);
-      for (int64_t u = own.begin; u < own.end; ++u) begin_panel(u, low, high, gates(u));
-      if (digits_) input_rows.template product<Gates, Gates - 1>(high - low, own, tiles, gates);
+      if (digits_)
+        input_rows.template product<Gates, Gates - 1>(high - low, own, norm_ ? zeros_ : a.bias, tiles, gates);
+      for (int64_t u = own.begin; !digits_ && u < own.end; ++u) input_panel(u, low, high, gates(u));
       for (int64_t u = own.begin; norm_ && u < own.end; ++u) keep_inputs(u, low, high, base(low), gates(u));
     };
     bool back = false;
@@ -115,15 +118,14 @@ class Forward {
     store_lanes(a.stats + (which + 1) * total_ + row, load(moments.scale), static_cast<int>(count));
   }
 
-  // The bias, which normalised sums are given later, and the product with the input if that is not in digits.
-  void begin_panel(int64_t u, int64_t low, int64_t high, float* gates) {
+  // In floats; normalised sums are given their bias later.
+  void input_panel(int64_t u, int64_t low, int64_t high, float* gates) {
     if (norm_)
       std::memset(gates, 0, (high - low) * kPanel * sizeof(float));
     else
       fill_bias(gates, a.bias + u * kPanel, high - low);
-    if (!digits_)
-      panel_product<Gates>({a.input + low * a.inputs, nullptr, high - low, a.inputs}, high - low,
-                           static_cast<const float*>(a.w_ih) + u * a.inputs * kWeights, a.inputs, gates, kPanel);
+    panel_product<Gates>({a.input + low * a.inputs, nullptr, high - low, a.inputs}, high - low,
+                         static_cast<const float*>(a.w_ih) + u * a.inputs * kWeights, a.inputs, gates, kPanel);
   }
   void keep_inputs(int64_t u, int64_t low, int64_t high, int64_t base, const float* gates) {
     of_x_.set<Gates>(low - base, u, gates, kPanel, high - low, lanes_left(a.hidden, u * kLanes));
@@ -238,6 +240,7 @@ class Forward {
   float* new_c_ = nullptr;   // [B, padded H]: c~ of the step
   PanelSums of_x_, of_h_, of_c_;
   InputRows input_rows_;     // of a chunk
+  float* zeros_ = nullptr;   // [H/L][4][L]: in place of a bias, which normalised sums are given later
   GradientDigits states_;    // m h before the step: as gradients, it has no bound known beforehand
   int64_t scratch_;          // floats in use
 };
