@@ -1,4 +1,10 @@
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -6,19 +12,39 @@
 
 namespace fastlm {
 
+namespace {
+
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char[], Free>;
+
+// Aligned to 64, `size` a multiple of it. A kernel that fills megabytes of ordinary pages looks most of them up.
+Memory aligned(std::size_t size) {
+  constexpr std::size_t kHuge = std::size_t{1} << 21;
+  const std::size_t alignment = size < kHuge ? 64 : kHuge;
+  size += (alignment - size % alignment) % alignment;
+  Memory memory(static_cast<char*>(std::aligned_alloc(alignment, size)));
+  if (memory == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+  if (size >= kHuge) madvise(memory.get(), size, MADV_HUGEPAGE);  // a refusal changes nothing
+#endif
+  return memory;
+}
+
+}  // namespace
+
 void* scratch(std::size_t bytes) {
-  constexpr std::size_t kAlignment = 64;
   if (Program* const program = recording()) return program->scratch(bytes, true);
-  thread_local std::unique_ptr<char[]> memory;
+  thread_local Memory memory;
   thread_local std::size_t size = 0;
-  if (size < bytes + kAlignment) {
+  if (size < bytes) {
     memory.reset();
     size = 0;
-    memory.reset(new char[bytes + kAlignment]);
-    size = bytes + kAlignment;
+    memory = aligned(bytes + (64 - bytes % 64) % 64);
+    size = bytes;
   }
-  const auto at = reinterpret_cast<address>(memory.get());
-  return memory.get() + (kAlignment - at % kAlignment) % kAlignment;
+  return memory.get();
 }
 
 void bind_program(py::module_& m) {
