@@ -21,13 +21,14 @@ class Rehearsal(NamedTuple):
 
     Attributes:
         tokens: of the text that it looked at.
-        rounds: times it would have made guesses, going on behind the first wrong one.
+        rounds: times it would have made guesses, going on behind the first wrong one. What the text's end cuts short,
+            nothing being wrong so far, is a part of one.
         right: guesses before the first wrong one of their round, of all rounds.
         seconds: that the draft will take before its first real guess.
     """
 
     tokens: int = 0
-    rounds: int = 0
+    rounds: float = 0.0
     right: int = 0
     seconds: float = 0.0
 

@@ -91,10 +91,11 @@ class ModelDraft:
         began = time.perf_counter()
         drawn = self._drawn(text, ids, width)
         seconds = time.perf_counter() - began
-        rounds = right = at = 0
+        right = at = 0
+        rounds = 0.0
         while at < width:
             found = common(drawn[at : at + count], ids[start + at : start + at + count])
-            rounds += 1
+            rounds += found / count if at + found == width else 1.0
             right += found
             at += found + 1
         return Rehearsal(width, rounds, right, seconds * (len(ids) - self._read) / len(text))

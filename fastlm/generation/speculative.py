@@ -14,8 +14,9 @@ class Pace:
 
     Time is counted in plain steps, whose cost is measured as they run. A text is *rehearsed* or *guessed*:
 
-    - Rehearsals hold guesses against tokens that plain steps have given. They take about a hundredth of the time: one
-      that took m steps, of which 4 count, is followed by 100 m plain tokens. They tell what rounds would have saved.
+    - Rehearsals hold guesses against tokens that plain steps have given, and tell what rounds would have saved. They
+      take about a hundredth of the time: one that took m steps, of which 4 count, is followed by 100 m plain tokens; by
+      100 (m - n / 4) where n have been saved in rehearsals, and the text is long enough for that rate to pay.
     - A round confirms guesses. One that gives n tokens for the time of m plain steps adds n - m to an account, and
       every plain token adds a hundredth. A round begins while the account could bear its failing; where it could not,
       rehearsing goes on, and rounds begin again when four times what is missing has been saved in rehearsals. Then a
@@ -36,7 +37,7 @@ class Pace:
     _RECORDING = 5.0  # and recording
     _EVIDENCE = 1.5  # saved in rehearsals, below which it may be chance
     _DOUBT = 16  # tokens in which nothing was saved, counted with those rehearsed
-    _TRUST = 0.25  # of what rehearsals have saved may be lost
+    _TRUST = 0.25  # of what rehearsals have saved may be lost, or go into the next
     _INHERITED = 1.5  # failing rounds that the next text's account can bear at most
 
     def __init__(self) -> None:
@@ -67,8 +68,10 @@ class Pace:
         """Guesses of `count` tokens have been held against known text."""
         if not self._plain or not found.tokens:
             return
-        self._rest = min(self._MOST_REHEARSAL, seconds / self._plain) / self._EARNED
-        self._setup = found.seconds / self._plain
+        took = seconds / self._plain
+        held_up = max(1.0, took / self._MOST_REHEARSAL)
+        self._rest = took / held_up / self._EARNED
+        self._setup = found.seconds / self._plain / held_up
         self._among += found.tokens
         self._saved += found.right - found.rounds * self._stake(count)
         if self._saved <= 0:
@@ -81,9 +84,14 @@ class Pace:
         self._credit = max(0.0, self._stake(count) - self._account)
         if recorded and self._round and not self._among and not self._futile:  # nothing is known of this text
             return not self._credit
-        if self._saved < max(self._EVIDENCE, self._credit / self._TRUST):
-            return False
-        return self._saved / (self._among + self._DOUBT) * left > self._setup + (0.0 if recorded else self._RECORDING)
+        each = self._saved / (self._among + self._DOUBT)
+        before = self._setup + (0.0 if recorded else self._RECORDING)
+        if self._saved >= max(self._EVIDENCE, self._credit / self._TRUST):
+            return each * left > before
+        sooner = max(0.0, self._rest - self._TRUST * self._saved / self._EARNED)
+        if each * (left - sooner) > before:
+            self._rest = sooner
+        return False
 
     def guessed(self, seconds: float, tokens: int) -> None:
         """A round of guesses has given so many tokens, the one that any step gives among them."""

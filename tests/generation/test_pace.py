@@ -179,6 +179,28 @@ def test_nothing_is_begun_for_the_last_few_tokens() -> None:
     assert not pace.promising(3, 1000, True)
 
 
+def test_a_good_draft_is_believed_after_its_first_rehearsal() -> None:
+    for right, rounds, left, believed, wait in (
+        (9, 9 / 7, 118, True, 170),
+        (9, 11 / 7, 118, False, 37),  # what would have saved something is tried again sooner
+        (8, 2, 118, False, 170),  # unless too little of the text is left by then
+        (8, 2, 500, False, 87),
+        (0, 10, 500, False, 170),
+    ):
+        pace = Pace()
+        pace.plain(0.2, 10)
+        pace.rehearsed(0.034, 7, Rehearsal(10, rounds, right, 0.034))
+        assert pace.promising(7, left, False) == believed
+        assert abs(pace.waiting - wait) <= 2
+
+
+def test_a_rehearsal_that_something_held_up_does_not_make_the_draft_a_slow_one() -> None:
+    pace = Pace()
+    pace.plain(0.2, 10)
+    pace.rehearsed(2.0, 7, Rehearsal(10, 9 / 7, 9, 2.0))
+    assert pace.promising(7, 118, False)
+
+
 def test_one_disturbed_round_does_not_end_guessing() -> None:
     pace = Pace()
     pace.plain(0.1, 10)
