@@ -289,7 +289,7 @@ class Engine:
         try:
             for request, logits in self._read(requests):
                 drawing = request
-                recording = self._recordings.of([request], 1)
+                recording = self._recordings.of([request], 1, logits=True)
                 recording.lanes.fill([request], self._stop_ids)
                 self._recordings.stale()
                 joined.append((request, int(recording.lanes.sample(logits)), logits))
@@ -379,7 +379,7 @@ class Engine:
             self._marks[len(running[0].ids) - 1] = self._state.snapshot()
         if recording.captured is None:
             self._recordings.record(recording)
-            return [(recording.lanes.tokens.tolist(), recording.logits)]
+            return [(self._allowed(running, recording.lanes.tokens.tolist(), recording), recording.logits)]
         screening = self._recordings.screening
         ahead = min(ahead, screening.most_ahead(running) or ahead)
         limit = min(ahead, *(self._steps_left(request) for request in running))
@@ -387,11 +387,28 @@ class Engine:
             limit = 1
         start = time.perf_counter()
         steps = self._replay(recording, limit, self._stop_ids)
-        self._pace.plain(time.perf_counter() - start, len(steps))
+        seconds = time.perf_counter() - start
+        self._pace.plain(seconds, len(steps))
+        steps[-1] = self._allowed(running, steps[-1], recording)
         if recording.hidden is not None:
             screening.saw(recording.hidden)
-        screening.took(running, len(steps) * len(running))
+        screening.took(running, seconds, steps=len(steps))
         return [(ids, recording.logits) for ids in steps]
+
+    def _allowed(self, requests: list[Request], tokens: list[int], recording: Recording, last: int = 0) -> list[int]:
+        """The tokens of a step, those at place `last` of what the requests read; where it went by a screen and one of
+        them is a stop token too early, they are drawn from all logits instead."""
+        early = [r for r, token in zip(requests, tokens, strict=True) if r.early and token in self._stop_ids]
+        if recording.screen is None or not early:
+            return tokens
+        for request in early:
+            request.stopping = True
+        lanes = self._recordings.of(requests, 1, logits=True).lanes
+        lanes.fill(requests, self._stop_ids)
+        self._recordings.stale()
+        assert recording.hidden is not None
+        found: list[int] = lanes.sample(self._model.head(recording.hidden[:, last : last + 1]).flatten(0, 1)).tolist()
+        return found
 
     def _replay(self, recording: Recording, times: int = 1, stops: Collection[int] = ()) -> list[list[int]]:
         """Runs a recorded step: `Captured.run`. BadLogits: it says what is wrong with the logits."""
@@ -440,11 +457,13 @@ class Engine:
         # The step has appended the last token and all guesses; what follows a wrong one is forgotten.
         self._state.lengths[request.slot] -= count - right
         self._recordings.stale()
+        seconds = time.perf_counter() - start
         if recorded and request.guessed and left > count:
-            self._pace.guessed(time.perf_counter() - start, right + 1)
+            self._pace.guessed(seconds, right + 1)
         request.guessed = True
         logits = recording.logits
-        self._recordings.screening.took([request], right + 1)
+        self._recordings.screening.took([request], seconds, count + 1)
+        tokens[right : right + 1] = self._allowed([request], tokens[right : right + 1], recording, right)
         return [
             ([token], None if logits is None else logits[at : at + 1]) for at, token in enumerate(tokens[: right + 1])
         ]

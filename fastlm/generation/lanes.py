@@ -32,6 +32,7 @@ class Request:
         bias: [V] or None, what `params.logit_bias` says.
         slot: its row of the state; -1 while it waits.
         guessing: whether rehearsals have shown that guessing its tokens pays, and too much has not failed since.
+        stopping: a stop token came out too early once, so that all logits are needed from then on.
         guessed: whether its draft has had its first round, in which all is prepared.
     """
 
@@ -44,6 +45,7 @@ class Request:
     slot: int = -1
     guessing: bool = False
     guessed: bool = False
+    stopping: bool = False
     prompt_length: int = field(init=False)
 
     def __post_init__(self) -> None:

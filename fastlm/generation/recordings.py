@@ -13,7 +13,8 @@ from fastlm.generation.lanes import Lanes, Request
 from fastlm.generation.screening import Screening
 from fastlm.kernels import native
 from fastlm.models.base import CausalLM, State
-from fastlm.ops import offset
+from fastlm.ops import greedy, offset
+from fastlm.ops.greedy import Screen
 from fastlm.ops.registry import choosing
 
 __all__ = ["Recording", "Recordings"]
@@ -24,13 +25,13 @@ class Recording:
     """A step for one size of batch: its tensors, what was recorded, and whom the tensors were filled with last.
 
     Attributes:
-        screened: whether it makes tokens of hidden states by way of `Screening`, and no logits.
+        screen: by which it makes tokens of hidden states, and no logits; None: it makes logits.
         hidden: the last step's, [B, width, d]; None on a GPU.
         logits: [B * width, V].
     """
 
     lanes: Lanes
-    screened: bool = False
+    screen: Screen | None = None
     captured: Captured | Graph | None = None
     hidden: Tensor | None = None
     logits: Tensor | None = None
@@ -64,20 +65,24 @@ class Recordings:
         self._stop_ids, self._max_length = stop_ids, max_length
         self._sampling = sampling_device(model.device)
         self._samples_on_device = self._sampling == model.device
-        self._all: dict[tuple[int, int, bool, bool, bool], Recording] = {}
+        self._all: dict[tuple[int, int, bool, bool, Screen | None], Recording] = {}
         self.screening = Screening(model)
+        self._screen: Screen | None = None
         self._current: Recording | None = None  # the one whose tensors hold the requests' present state
 
     def stale(self) -> None:
         """The requests have changed otherwise than by the step that was `filled` last."""
         self._current = None
 
-    def of(self, requests: Sequence[Request], width: int) -> Recording:
-        """The step for so many requests with options like theirs, `width` tokens each."""
+    def of(self, requests: Sequence[Request], width: int, *, logits: bool = False) -> Recording:
+        """The step for so many requests with options like theirs, `width` tokens each; `logits`: that makes them."""
+        if self._screen is not (screen := self.screening.screen):
+            self._screen = screen
+            self._all = {key: kept for key, kept in self._all.items() if kept.screen is None}
+        screen = self.screening.of(requests, width) if self.why_not is None and not logits else None
         penalised = any(request.params.penalised for request in requests)
-        biased = any(request.bias is not None or request.params.min_new_tokens for request in requests)
-        screened = self.why_not is None and self.screening.serves(requests, width)
-        key = (len(requests), width, penalised, biased, screened)
+        biased = screen is None and any(r.bias is not None or r.params.min_new_tokens for r in requests)
+        key = (len(requests), width, penalised, biased, screen)
         if key not in self._all:
             history = 0
             if penalised:
@@ -92,7 +97,7 @@ class Recordings:
                     device=self._model.device,
                     sampling=self._sampling,
                 ),
-                screened,
+                screen,
             )
         return self._all[key]
 
@@ -108,7 +113,7 @@ class Recordings:
     def record(self, recording: Recording) -> None:
         """Runs a step, and records it if it can be."""
 
-        lanes = recording.lanes
+        lanes, screen = recording.lanes, recording.screen
 
         def forward() -> Tensor:
             recording.hidden = self._model.hidden(lanes.ids, self._state, lanes.index)
@@ -129,7 +134,8 @@ class Recordings:
 
         def screened() -> None:
             recording.hidden = self._model.hidden(lanes.ids, self._state, lanes.index)
-            take(self.screening.step(recording.hidden))
+            assert screen is not None
+            take(greedy(recording.hidden, screen.weight, screen.bias, screen=screen).view(-1))
 
         def snapshot() -> Callable[[], None]:
             state, inputs = self._state.snapshot(), lanes.snapshot()
@@ -147,7 +153,7 @@ class Recordings:
             try:
                 device = self._model.device
                 if not records(device):
-                    recording.captured = Captured(screened if recording.screened else step, lanes.tokens)
+                    recording.captured = Captured(step if screen is None else screened, lanes.tokens)
                 elif self._samples_on_device:
                     recording.captured = Graph(device, step, lanes.tokens, snapshot)
                 else:
@@ -157,10 +163,10 @@ class Recordings:
             except CaptureError as error:
                 self.why_not = str(error)
                 restore()
-        if recording.screened:
-            screened()
-        else:
+        if screen is None:
             recording.logits = step()
+        else:
+            screened()
 
     def _obstacle(self) -> str | None:
         device = self._model.device

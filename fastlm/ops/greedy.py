@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import time
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,7 @@ from fastlm.reference.quantized import KINDS
 __all__ = ["Screen", "greedy"]
 
 DIRECTIONS = 32
+_SLICE = 1024  # of them, to see how long they take
 _CHUNK = 4096  # rows of a weight that are expanded at a time
 _APART = 20.0  # what is known of the main directions to 4 bits may count for so many times more than the rest
 _STEP = 2.0**-24  # of float32: the largest relative error of one rounding
@@ -34,7 +38,6 @@ class Screen:
 
     Attributes:
         counts: int64 [2], rows of the weight that `greedy` computed whole, and its calls, since they were zero.
-        most_rows: of input for which `greedy` is quicker; integer products of more wait for arithmetic.
 
     Raises:
         ValueError: there is a reason against it (`why_not`), or `seen` is no such tensor.
@@ -64,7 +67,6 @@ class Screen:
         if reason is not None:
             raise ValueError(f"Screen: {reason}")
         self.weight, self.bias = weight, bias
-        self.most_rows = 2 if isinstance(weight, QuantizedTensor) and weight.kind == "Q8_0" else 64
         self.counts = torch.zeros(2, dtype=torch.int64)
         rows, columns = weight.shape
         seen = seen.float()
@@ -108,6 +110,29 @@ class Screen:
             2.0**-100 + most * 2.0**-88,
             min(2.0**60, 2.0**100 / max(most, 2.0**-20)) if largest < 2.0**100 else -1.0,
         )
+
+    @staticmethod
+    def most_rows(weight: Tensor | QuantizedTensor) -> int:
+        """Rows of input for which `greedy` is quicker; integer products of more wait for arithmetic."""
+        return 2 if isinstance(weight, QuantizedTensor) and weight.kind == "Q8_0" else 64
+
+    def share(self) -> Screen:
+        """The same, with counts of its own."""
+        shared = copy.copy(self)
+        shared.counts = torch.zeros_like(self.counts)
+        return shared
+
+    @staticmethod
+    @torch.no_grad()
+    def seconds(weight: Tensor | QuantizedTensor, seen: Tensor) -> float:
+        """How long making a screen takes on this machine, by that of some of the rows."""
+        rows, count = len(seen), min(weight.shape[0], _SLICE)
+        start = time.perf_counter()
+        _directions(seen.float())
+        once = time.perf_counter()
+        some = weight.expand_rows(0, count) if isinstance(weight, QuantizedTensor) else weight[:count]
+        Screen(some, None, seen[: min(rows, DIRECTIONS)])
+        return once - start + (time.perf_counter() - once) * weight.shape[0] / count
 
     @property
     def nbytes(self) -> int:

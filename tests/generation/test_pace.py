@@ -29,7 +29,7 @@ class Script:
     """An engine's recordings that take simulated time, in plain steps: a round of guesses 3.4, recording 6."""
 
     why_not = None
-    screening = SimpleNamespace(saw=lambda _: None, took=lambda *_: None, most_ahead=lambda _: None)
+    screening = SimpleNamespace(saw=lambda _: None, took=lambda *_, **__: None, most_ahead=lambda _: None)
 
     def __init__(self, text: Text, round_cost: float = 3.4, recording: float = 6.0) -> None:
         self.text, self.round_cost, self.recording = text, round_cost, recording
@@ -40,11 +40,11 @@ class Script:
         self.guesses: list[int] = []
         self.known: dict[int, SimpleNamespace] = {}
 
-    def of(self, requests: Sequence[Any], width: int) -> Any:
+    def of(self, requests: Sequence[Any], width: int, *, logits: bool = False) -> Any:
         if width not in self.known:
             lanes = SimpleNamespace(fill=lambda *_: None, sample=lambda _: torch.tensor([self.text(PROMPT, [])]))
             self.known[width] = SimpleNamespace(
-                width=width, captured=None, lanes=lanes, logits=torch.zeros(width, 1), hidden=None
+                width=width, captured=None, lanes=lanes, logits=torch.zeros(width, 1), hidden=None, screen=None
             )
         return self.known[width]
 
