@@ -102,6 +102,7 @@ class Lanes:
         self._history = integers(count, history) if history else None
         self._bias = torch.zeros(places, biased, device=sampling) if biased else None
         self._sampling = sampling
+        self._options_of: list[object] = []  # whose options the tensors hold
         # Filled on the host, and then moved tensor by tensor instead of number by number.
         self._staged: Lanes | None = None
         if device.type != "cpu":
@@ -115,28 +116,37 @@ class Lanes:
                 mine.copy_(staged)
             return
         width = self.width
-        for lane, request in enumerate(requests):
-            last, length, params = request.ids[-1], len(request.ids), request.params
-            row = [last, *guesses, *[last] * (width - 1 - len(guesses))]
-            self.ids[lane] = torch.tensor(row, device=self.ids.device)
-            self.index[lane] = request.slot
-            places = slice(lane * width, (lane + 1) * width)
-            self._positions[places] = torch.arange(length, length + width)
-            self._prompts[places] = request.prompt_length
-            self._top_k[places] = params.top_k
-            self._seeds[places] = _signed(params.seed or 0)
-            self._sequences[places] = _signed(request.sequence)
-            for name, values in self._reals.items():
-                values[places] = getattr(params, name)
-            if self._history is not None:
-                longest = self._history.shape[1]
+        of: list[object] = [stop_ids, *((request, request.slot, request.early) for request in requests)]
+        if self._options_of != of:
+            self._options_of = []
+            for lane, request in enumerate(requests):
+                self._take_options(lane, request, stop_ids)
+            self._options_of = of
+        rows = [[r.ids[-1], *guesses, *[r.ids[-1]] * (width - 1 - len(guesses))] for r in requests]
+        places = [len(request.ids) + at for request in requests for at in range(width)]
+        self.ids.copy_(torch.tensor(rows))
+        self._positions.copy_(torch.tensor(places))
+        if self._history is not None:
+            longest = self._history.shape[1]
+            for lane, (request, row) in enumerate(zip(requests, rows, strict=True)):
                 known = [*request.ids, *row[1:]]
                 self._history[lane, : len(known)] = torch.tensor(known)
-                self._ends[places] = torch.arange(length, length + width) + lane * longest
-            if self._bias is not None:
-                self._bias[places] = 0.0 if request.bias is None else request.bias
-                if request.early:
-                    self._bias[places, sorted(stop_ids)] = -torch.inf
+            self._ends.copy_(self._positions + torch.arange(len(requests)).repeat_interleave(width) * longest)
+
+    def _take_options(self, lane: int, request: Request, stop_ids: Collection[int]) -> None:
+        """What stays the same from one `fill` for a request to the next."""
+        params, places = request.params, slice(lane * self.width, (lane + 1) * self.width)
+        self.index[lane] = request.slot
+        self._prompts[places] = request.prompt_length
+        self._top_k[places] = params.top_k
+        self._seeds[places] = _signed(params.seed or 0)
+        self._sequences[places] = _signed(request.sequence)
+        for name, values in self._reals.items():
+            values[places] = getattr(params, name)
+        if self._bias is not None:
+            self._bias[places] = 0.0 if request.bias is None else request.bias
+            if request.early:
+                self._bias[places, sorted(stop_ids)] = -torch.inf
 
     def _tensors(self) -> list[Tensor]:
         """All that `fill` sets."""
