@@ -88,6 +88,10 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.kept: list[Any] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to shield the method from torch.compile takes as long as the method
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _ALLOCATIONS or _is_view(func):

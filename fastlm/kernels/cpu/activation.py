@@ -16,7 +16,7 @@ def activation(function: str, input: Tensor, factor: Tensor | None = None) -> Te
     """f(input) * factor, elementwise; `function` is "silu" or "gelu" (the tanh form). float32 or bfloat16."""
     x = input.contiguous()
     u = None if factor is None else factor.contiguous()
-    output = torch.empty_like(x)
+    output = x.new_empty(x.shape)
     native.CPU.require().activation(
         x.data_ptr(),
         native.address(u),

@@ -31,10 +31,10 @@ def norm(
     """
     x = input.contiguous()
     w, b = (None if t is None else t.contiguous() for t in (weight, bias))
-    output = torch.empty_like(x, dtype=dtype)
+    output = x.new_empty(x.shape, dtype=dtype)
     total = None
     if added is not None:
-        added, total = added.contiguous(), torch.empty_like(x)
+        added, total = added.contiguous(), x.new_empty(x.shape)
     dim = x.shape[-1]
     rows = x.numel() // dim if dim else 0
     statistics = x.new_empty(rows, 2) if save else None

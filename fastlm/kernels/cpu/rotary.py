@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastlm.kernels import native
@@ -14,7 +13,7 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, starts: T
     """Turns float32 input [B, H, T, D] by float32 tables [T, R/2] or [B, T, R/2]; see `fastlm.ops.rotary`."""
     x = input if input.stride(3) == 1 else input.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
-    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    output = x.new_empty(x.shape)
     half = cos.shape[-1]
     native.CPU.require().rotary(
         x.data_ptr(),
