@@ -312,7 +312,10 @@ static void attend(const AttentionDecode& a, const Group<T>& group, const Query*
 #if defined(__AVX512VNNI__)
   if constexpr (sizeof(T) == 1)
     if (group.with_tiles) {
-      if (low >= high) return;
+      if (low >= high) {  // merged with a factor of 0, which NaN would survive
+        for (int q = 0; q < Q; ++q) std::memset(partials[q], 0, sizeof(float) * a.dim);
+        return;
+      }
       const int64_t from = low / kStep * kStep, to = round_up(high, kStep);
       for (int q = 0; q < Q; ++q) {
         const int64_t own_low = (queries[q].keys.low - base) / kLanes * kLanes;
@@ -410,7 +413,7 @@ static void run_tasks(const Pass& pass, int thread, int threads) {
   prepared.with_tiles = false;
   if (kHasTiles<T> && a.dim * sizeof(T) % 64 == 0) {
     const TileUnit unit;
-    prepared.with_tiles = unit.tiles();
+    prepared.with_tiles = unit.tiles() && (sizeof(T) > 1 || digit_tiles());
     run();
   } else {
     run();

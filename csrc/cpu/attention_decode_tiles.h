@@ -14,6 +14,7 @@
 #include "amx.h"
 #include "convert.h"
 #include "fastlm/attention_decode.h"
+#include "fastlm/pack.h"
 #include "reduce.h"
 
 namespace fastlm {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdio>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,13 @@ inline int& failures() {
 struct Register {
   Register(const char* name, void (*run)(), bool once) { tests().push_back({name, run, once}); }
 };
+
+
+// The larger of two errors. NaN is the worst there is, and stays: both std::max and a comparison would let go of it.
+inline double worse(double a, double b) {
+  if (a != a || b != b) return std::numeric_limits<double>::infinity();
+  return a < b ? b : a;
+}
 
 }  // namespace check
 

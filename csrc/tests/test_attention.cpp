@@ -115,8 +115,7 @@ struct Case {
           for (int64_t d = 0; d < a.value_dim; ++d) {
             const double right = total == 0 ? 0 : sum[d] / total;
             loss += right * upstream[at + d];
-            const double off = std::abs(right - output[at + d]);
-            if (!(off <= *error)) *error = off;
+            *error = check::worse(*error, std::abs(right - output[at + d]));
           }
         }
     return loss;
@@ -154,8 +153,7 @@ struct Case {
     const double worst[] = {along(&query, dq, false, 1, 1), along(&key, dk, true, a.keys, a.dim),
                             along(&value, dv, true, a.keys, a.value_dim)};
     double largest = 0;
-    for (double w : worst)
-      if (!(w <= largest)) largest = w;
+    for (double w : worst) largest = check::worse(largest, w);
     return largest;
   }
 
@@ -253,7 +251,7 @@ double distance(const std::vector<uint16_t>& x, const std::vector<float>& y) {
     const uint32_t bits = static_cast<uint32_t>(x[i]) << 16;
     float v;
     std::memcpy(&v, &bits, sizeof(v));
-    worst = std::fmax(worst, std::abs(v - y[i]));
+    worst = check::worse(worst, std::abs(v - y[i]));
     largest = std::fmax(largest, std::abs(y[i]));
   }
   return worst / largest;

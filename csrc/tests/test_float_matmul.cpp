@@ -150,7 +150,7 @@ FASTLM_TEST(float_matmul_is_as_accurate_as_floats) {
               size += std::abs(a.at(i, p, false) * b.at(p, j, false));
               plain = std::fma(a.values[i * k + p], b.values[p * n + j], plain);
             }
-            worst = std::max(worst, std::abs(c[i * n + j] - want) / size);
+            worst = check::worse(worst, std::abs(c[i * n + j] - want) / size);
             worst_plain = std::max(worst_plain, std::abs(plain - want) / size);
           }
         CHECK(worst <= worst_plain);

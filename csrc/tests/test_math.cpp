@@ -51,7 +51,7 @@ double worst(MathFunction function, double (*exact)(double), const std::vector<f
       error = static_cast<float>(want) == y[i] ? 0 : INFINITY;
     else
       error = std::abs(y[i] - want) / spacing(want);
-    if (!(error <= largest)) largest = error;
+    largest = check::worse(largest, error);
   }
   return largest;
 }
