@@ -40,11 +40,12 @@ __all__ = [
 
 # A folder of that name on the path, such as tests/triton, would be a namespace without an origin.
 _TRITON = getattr(find_spec("triton"), "origin", None) is not None
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 def tracing() -> bool:
-    """Whether torch.compile or torch.export is tracing the caller."""
-    return torch.compiler.is_compiling()
+    """Whether torch.compile or torch.export is tracing the caller, or new tensors are fake and have no memory."""
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

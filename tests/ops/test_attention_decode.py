@@ -410,9 +410,15 @@ def test_fake_tensors_give_fake_tensors() -> None:
         real = ops.attention_decode(*args, **options)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = ops.attention_decode(*(mode.from_tensor(t) for t in args), rows=mode.from_tensor(options["rows"]))
-    assert type(fake) is FakeTensor
-    assert fake.shape == real.shape
-    assert fake.dtype == real.dtype
+            of_real = ops.attention_decode(*args, **options)  # of a call that is known, in a mode without new memory
+        unknown = tuple(torch.randn(2, 1, 1, 11) for _ in range(3))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            first = ops.attention_decode(*unknown, torch.tensor([1, 1]))
+    assert type(first) is FakeTensor
+    for found in (fake, of_real):
+        assert type(found) is FakeTensor
+        assert found.shape == real.shape
+        assert found.dtype == real.dtype
 
 
 def test_the_default_device_does_not_matter(isa: str) -> None:

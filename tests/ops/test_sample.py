@@ -14,6 +14,7 @@ from chi_square import ACTIVE, combinations, exact_distribution, p_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastlm import ops
 from fastlm.kernels import native
@@ -589,3 +590,18 @@ def test_options_in_tensors_are_read_each_time() -> None:
     top_k[:] = 0
     again = [ops.sample(logits, top_k=top_k, temperature=5.0, seed=1, position=at) for at in range(20)]
     assert any(not torch.equal(first, other) for other in again)
+
+
+@needs_native
+def test_fake_tensors_give_fake_tensors() -> None:
+    logits = torch.randn(2, 50)
+    ops.sample(logits, seed=1, position=3)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(logits)
+        for values in (logits, fake):
+            tokens = ops.sample(values, seed=1, position=3)
+            assert type(tokens) is FakeTensor
+            assert tokens.shape == (2,)
+            assert tokens.dtype == torch.int64
+    reasons = dict(ops.explain("sample", fake).reasons)
+    assert reasons["cpu"] == "logits are a FakeTensor; the kernel takes plain tensors"

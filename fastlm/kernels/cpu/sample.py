@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastlm.kernels import native
 from fastlm.reference import sample as reference
@@ -20,6 +21,8 @@ def why_not(logits: Tensor, *_: object) -> str | None:
         return native.CPU.error
     if logits.device.type != "cpu":
         return f"logits are on {logits.device}"
+    if type(logits) is not Tensor and type(logits) is not Parameter:
+        return f"logits are a {type(logits).__name__}; the kernel takes plain tensors"
     return None
 
 
