@@ -50,9 +50,10 @@ inline Exchange& exchange() {
 }
 
 // Takes torch.Tensor.__dlpack_c_exchange_api__ and the types of plain tensors; false where it is of a kind unknown here.
-inline bool set_exchange(pybind11::capsule capsule, pybind11::type tensor, pybind11::type parameter) {
-  const auto* table = static_cast<const ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (table == nullptr) throw pybind11::error_already_set();
+inline bool set_exchange(pybind11::object capsule, pybind11::type tensor, pybind11::type parameter) {
+  constexpr const char* kName = "dlpack_exchange_api";
+  if (!PyCapsule_IsValid(capsule.ptr(), kName)) return false;
+  const auto* table = static_cast<const ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), kName));
   if (table->major != 1 || table->view == nullptr) return false;
   exchange() = {table,
                 {reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr()),

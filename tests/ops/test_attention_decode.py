@@ -551,3 +551,11 @@ def test_a_cache_of_few_bytes_is_read_as_the_floats_it_stands_for(
             ]
         for fault in wrong:
             assert not torch.allclose(found, fault, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("offered", [None, 1, object()])
+def test_an_interface_of_another_kind_is_not_used(offered: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "__dlpack_c_exchange_api__", offered, raising=False)
+    assert native.shows_tensors.__wrapped__() is False
+    monkeypatch.undo()
+    compare(ops.attention_decode, *_case(2, 4, 2, 1, 10, [7, 9], 12))  # what was taken before still serves
