@@ -43,7 +43,7 @@ class ModelDraft:
     """
 
     _REHEARSAL = 48  # tokens that a rehearsal reads
-    _REHEARSED = 8, 16  # and holds its guesses against, at least and at most
+    _REHEARSED = 10, 16  # and holds its guesses against, at least (to be believed for seven, all right) and at most
     _LIKELY = 0.4  # that a guess counts, all before it being right: what is less is not worth a step of the draft
     _FORGOTTEN = 0.1  # of what is known of former rounds, with each
 
