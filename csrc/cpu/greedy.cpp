@@ -117,12 +117,14 @@ class Exact {
  public:
   Exact(const Greedy& a, const Scratch& s) : a_(a), s_(s) {}
 
-  // Outputs n .. n + count - 1 of row m, count <= kLanes; n is a multiple of kLanes where the weight is interleaved.
-  void look(int64_t m, int64_t n, int64_t count, Best& best) const {
+  // Outputs n .. n + count - 1 of row m, count <= kLanes; n is a multiple of kLanes where the weight is interleaved. The
+  // weights of those from `next` on are fetched meanwhile.
+  void look(int64_t m, int64_t n, int64_t count, int64_t next, Best& best) const {
     float outputs[kLanes];
     const bool integer = is_quantized(a_.weight.kind);
     LinearWeight w = a_.weight;
-    w.weight = static_cast<const uint8_t*>(w.weight) + n * weight_bytes(w.kind, a_.columns);  // kLanes rows: a panel
+    const int64_t row_bytes = weight_bytes(w.kind, a_.columns);
+    w.weight = static_cast<const uint8_t*>(w.weight) + n * row_bytes;  // kLanes rows: a panel
     if (w.bias != nullptr) w.bias += n;
     w.output = outputs;
     w.outputs = count;
@@ -131,6 +133,7 @@ class Exact {
     call.scratch = s_.exact + m * (a_.columns / kBlock);
     call.rows = 1;
     call.columns = a_.columns;
+    call.ahead = next == n ? 1 : (next - n) * row_bytes;  // these, if there are no others
     call.rounding = integer ? Rounding::kBits15 : Rounding::kNone;
     linear_outputs(call, w, 0, count);
     for (int64_t i = 0; i < count; ++i) {
@@ -141,25 +144,40 @@ class Exact {
 
   // The outputs that may be the largest of row m, among begin .. end - 1: those whose bound is not below `threshold`.
   int64_t search(int64_t m, int64_t begin, int64_t end, float threshold, Best& best) const {
-    const float* const bounds = a_.bounds + m * a_.weight.outputs;
-    const int64_t together = is_quantized(a_.weight.kind) ? kLanes : 4;
     int64_t count = 0;
-    for (int64_t i = begin; i < end; i += kLanes) {
-      uint32_t lanes = lanes_of(~(load_until(bounds, i, end, -kInfinity) < threshold));
-      if (end - i < kLanes) lanes &= (uint32_t{1} << (end - i)) - 1;
-      if (lanes == 0) continue;
-      for (int64_t at = 0; at < kLanes && i + at < end; at += together) {
-        if ((lanes >> at & ((uint32_t{1} << together) - 1)) == 0) continue;
-        const int64_t some = end - i - at < together ? end - i - at : together;
-        look(m, i + at, some, best);
-        count += some;
-        if (best.value > threshold) threshold = best.value;
-      }
+    for (int64_t n = find(m, begin, end, threshold); n < end;) {
+      const int64_t next = find(m, n + together(), end, threshold), some = end - n < together() ? end - n : together();
+      look(m, n, some, next < end ? next : n, best);
+      count += some;
+      if (best.value > threshold) threshold = best.value;
+      n = next;
     }
     return count;
   }
 
+  // Fetches the weights of outputs n .. n + kLanes - 1.
+  void fetch(int64_t n) const {
+    const int64_t row_bytes = weight_bytes(a_.weight.kind, a_.columns);
+    const char* const first = static_cast<const char*>(a_.weight.weight) + n * row_bytes;
+    for (int64_t line = 0; line < kLanes * row_bytes; line += 64) __builtin_prefetch(first + line, 0, 2);
+  }
+
  private:
+  // Outputs that are computed at a time.
+  int64_t together() const { return is_quantized(a_.weight.kind) ? kLanes : 4; }
+
+  // The first of them from `begin` on, which is one, of which some bound is not below `threshold`; `end`: none.
+  int64_t find(int64_t m, int64_t begin, int64_t end, float threshold) const {
+    const float* const bounds = a_.bounds + m * a_.weight.outputs;
+    for (int64_t i = begin / kLanes * kLanes; i < end; i += kLanes) {
+      uint32_t lanes = lanes_of(~(load_until(bounds, i, end, -kInfinity) < threshold));
+      if (end - i < kLanes) lanes &= (uint32_t{1} << (end - i)) - 1;
+      if (i < begin) lanes = lanes >> (begin - i) << (begin - i);
+      if (lanes != 0) return i + __builtin_ctz(lanes) / together() * together();
+    }
+    return end;
+  }
+
   const Greedy& a_;
   const Scratch& s_;
 };
@@ -295,7 +313,8 @@ int64_t greedy(const Greedy& a) {
         Best start = best_of(s.coarse_best, m, a.rows, threads);
         const int64_t n = start.index < 0 ? 0 : start.index / kLanes * kLanes;
         start.value = -kInfinity;
-        exact.look(m, n, outputs - n < kLanes ? outputs - n : kLanes, start);
+        exact.fetch(n);
+        exact.look(m, n, outputs - n < kLanes ? outputs - n : kLanes, n, start);
         threshold = start.value;
       }
       best[m] = {-kInfinity, false, -1};

@@ -90,6 +90,7 @@ void float_tile(const LinearArgs& a, const LinearWeight& out, int64_t m0, int64_
   const int64_t row_bytes = weight_bytes(kind, a.columns), whole = a.columns / kBlock * kBlock;
   const uint8_t* weight = static_cast<const uint8_t*>(out.weight) + n0 * row_bytes;
   const float* x = a.input + m0 * a.columns;
+  const int64_t next = a.ahead != 0 ? a.ahead : kTile * row_bytes;
   vf sums[M * N] = {};
   // Half precision has one line in a block, and lines are fetched in pairs anyway: the first pass fetches all.
   const int64_t every = weight_bytes(kind, kBlock) > 64 ? passes : 1;
@@ -99,7 +100,7 @@ void float_tile(const LinearArgs& a, const LinearWeight& out, int64_t m0, int64_
     if (M == 1 || skip-- == 0) {  // one row has no time to choose (7%)
       skip = every - 1;
       for (int n = 0; n < N; ++n) {
-        const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + (n + kTile) * row_bytes;
+        const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + n * row_bytes + next;
         for (int64_t line = 0; line < weight_bytes(kind, kBlock); line += 64)
           __builtin_prefetch(reinterpret_cast<const void*>(ahead + line), 0, 2);
       }

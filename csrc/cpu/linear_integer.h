@@ -114,7 +114,7 @@ template <WeightKind kind, Rounding rounding, int M>
 FASTLM_INLINE void integer_tile(const LinearArgs& a, const LinearWeight& w, const uint8_t* panel, int64_t first,
                                 int64_t m0) {
   constexpr int64_t kStep = panel_bytes(kind, kBlock), kHeader = kLanes * (kind == WeightKind::kQ4_1 ? 4 : 2);
-  constexpr int64_t kAhead = 4096;
+  const int64_t ahead = a.ahead != 0 ? a.ahead : 4096;
   constexpr int kVector = kLanes * 4;
   constexpr bool fine = rounding == Rounding::kBits15, nibbles = kind != WeightKind::kQ8_0;
   const int64_t blocks = a.columns / kBlock;
@@ -122,7 +122,7 @@ FASTLM_INLINE void integer_tile(const LinearArgs& a, const LinearWeight& w, cons
   vf sums[M] = {};
   for (int64_t b = 0; b < blocks; ++b, ++x, panel += kStep) {
     if constexpr (M == 1 || fine)
-      for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(panel + kAhead + line, 0, 2);
+      for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(panel + ahead + line, 0, 2);
     // Of the first and second 16 columns, or of the high and low parts of the input.
     LaneSum<kind> dots[M][2];
     for (int j = 0; j < 4; ++j) {

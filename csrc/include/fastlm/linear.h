@@ -60,6 +60,7 @@ struct LinearArgs {
   int64_t rows, columns;
   Rounding rounding;  // for the weights of Q kinds
   int threads;
+  int64_t ahead = 0;  // for linear_outputs: so many bytes further on are the weights to fetch; 0: those that follow
 };
 
 // How many InputBlocks of scratch a call wants: rows come in tiles of 8 where there is a unit for them.
