@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +65,8 @@ def run_case(case: Case, *, quick: bool = False) -> dict[str, Any]:
     pairs = min(case.pairs, _QUICK_PAIRS) if quick else case.pairs
     try:
         row["gate"] = case.gate() or "passed"
+        if case.settle is not None:
+            case, row["note"] = _settled(case, case.settle())
         reads = _reads(case)
         if case.returns_figure:
             result = measure.compare_figures(case.ours, case.peer, pairs=pairs)
@@ -78,6 +80,15 @@ def run_case(case: Case, *, quick: bool = False) -> dict[str, Any]:
         return row | {"status": "gate failed" if error.engine == OURS else "peer unavailable", "reason": str(error)}
     row |= {"status": "measured"} | asdict(result) | report.figures(case, result)
     return row | _bound(case, result.ours, reads)
+
+
+def _settled(case: Case, found: tuple[int, str]) -> tuple[Case, str]:
+    """The case less the bytes that are not read any more, and its note with what is to be said of it."""
+    spared, said = found
+    if case.moved is not None and case.resident is not None:
+        less = case.resident - spared
+        case = replace(case, moved=case.moved * less / case.resident, resident=less)
+    return case, f"{case.note}; {said}" if case.note else said
 
 
 def _timed(case: Case, pairs: int) -> tuple[measure.Comparison, dict[str, Any]]:

@@ -32,6 +32,8 @@ class Case:
         flops: floating-point operations of one call.
         note: what a reader must know to reproduce the row.
         device: where it runs: "cpu" or "cuda".
+        settle: called between gate and turns: brings ours to its steady state, and returns what the text of the row
+            should say of it, with the bytes of one pass (`resident`) that are then not read.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Case:
     flops: float | None = None
     note: str = ""
     device: str = "cpu"
+    settle: Callable[[], tuple[int, str]] | None = None
 
     @property
     def returns_figure(self) -> bool:

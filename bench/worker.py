@@ -156,6 +156,11 @@ class Task:
             raise EngineError(self.engine, f"no model for it: {type(error).__name__}: {error}") from error
         return self.pool.get(self.engine, model, **self.options)
 
+    def settle(self) -> tuple[int, str]:
+        """`Engine.settle` for this work."""
+        spared, said = self._worker().call("settle", *self.args)
+        return int(spared), str(said)
+
     def about(self) -> str:
         """How the engine says it was built or computes."""
         return str(self._worker().call("about"))

@@ -23,12 +23,14 @@ def cases() -> Iterator[Case]:
     file = models.smollm2("F32")
     prompt, size = [text()[:16]], matrices(file)
     with Pool(torch.get_num_threads()) as pool:
+        ours = task(pool, OURS, file, prompt, _TOKENS)
         yield Case(
             name="decode SmolLM2-135M F32",
             shape=f"batch 1, {_TOKENS} tokens",
             peer_name="transformers float32, torch.compile",
             gate=partial(smollm2_gate, "F32"),
-            ours=task(pool, OURS, file, prompt, _TOKENS),
+            ours=ours,
+            settle=ours.settle,
             peer=task(pool, "transformers", file, prompt, _TOKENS, compiled=True),
             work=_TOKENS,
             unit="tokens",

@@ -43,12 +43,14 @@ def _case(pool: Pool, kind: str, engine: str, goal: float | None) -> Case:
     prompt = [text()[:_PROMPT]]
     size = matrices(file)
     theirs = models.smollm2_ctranslate2 if engine == "ctranslate2" else file
+    ours = task(pool, OURS, file, prompt, _TOKENS)
     return Case(
         name=f"decode SmolLM2-135M {kind}",
         shape=f"batch 1, {_TOKENS} tokens",
         peer_name=PEERS[engine].format(kind=kind if engine == "llama_cpp" else "float32"),
         gate=partial(smollm2_gate, kind),
-        ours=task(pool, OURS, file, prompt, _TOKENS),
+        ours=ours,
+        settle=ours.settle,
         peer=task(pool, engine, theirs, prompt, _TOKENS),
         work=_TOKENS,
         unit="tokens",

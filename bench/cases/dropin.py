@@ -56,6 +56,7 @@ def _case(pool: Pool, door: str) -> Case:
         peer_name="transformers' generate, float32",
         gate=gate,
         ours=ours,
+        settle=ours.settle,
         peer=peer,
         work=_TOKENS,
         unit="tokens",

@@ -27,6 +27,7 @@ def cases() -> Iterator[Case]:
     prompt = [ids[:16]]
     size = matrices(file)
     with Pool(torch.get_num_threads()) as pool:
+        ours = task(pool, OURS, file, prompt, _TOKENS)
         gate = functools.cache(functools.partial(_gate, pool, file, ids))
         for engine, peer_name, model, options, goal in (
             ("ctranslate2", "CTranslate2 int8", models.gpt2_ctranslate2, {"compute_type": "int8"}, 3.0),
@@ -38,7 +39,8 @@ def cases() -> Iterator[Case]:
                 shape=f"batch 1, {_TOKENS} tokens",
                 peer_name=peer_name,
                 gate=gate,
-                ours=task(pool, OURS, file, prompt, _TOKENS),
+                ours=ours,
+                settle=ours.settle,
                 peer=task(pool, engine, model, prompt, _TOKENS, **options),
                 work=_TOKENS,
                 unit="tokens",

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import fastlm
 from bench import models
 from bench.case import Case, require
+from bench.engines import settle
 from fastlm.generation import Engine, LanguageModel
 from fastlm.generation.draft_model import DRAFT_TOKENS, quantized_copy
 from fastlm.models import CausalLM
@@ -76,6 +77,8 @@ def _case(
         return tokens, seconds
 
     def gate() -> None:
+        settle(lambda: run(0))  # both sides are by the model's screen, if it has one
+        settle(lambda: run(count))
         require(run(count)[0] == run(0)[0], "guessing has changed the tokens")
 
     return Case(

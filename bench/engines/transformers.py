@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from bench.engines import TEMPERATURE
+from bench.engines import TEMPERATURE, settle
 
 __all__ = ["Engine"]
 
@@ -56,6 +56,9 @@ class Engine:
             )
         new: list[list[int]] = out[:, ids.shape[1] :].tolist()
         return new
+
+    def settle(self, prompts: list[list[int]], tokens: int, top_p: float | None = None) -> tuple[int, str]:
+        return settle(lambda: self.generate(prompts, tokens, top_p))
 
     def about(self) -> str:
         added = ", ".join(self._added) or "eager"

@@ -462,6 +462,8 @@ class Engine:
             self._pace.guessed(seconds, right + 1)
         request.guessed = True
         logits = recording.logits
+        if recording.hidden is not None:
+            self._recordings.screening.saw(recording.hidden[:, : right + 1])
         self._recordings.screening.took([request], seconds, count + 1)
         tokens[right : right + 1] = self._allowed([request], tokens[right : right + 1], recording, right)
         return [

@@ -14,7 +14,7 @@ from fastlm.models.base import CausalLM
 from fastlm.ops.greedy import Screen
 from fastlm.ops.quantized import QuantizedTensor
 
-__all__ = ["Screening"]
+__all__ = ["Head", "Screening", "heads"]
 
 _TIMES = 50.0  # as long as making the screen have greedy steps to take before: so no text loses more than a fiftieth
 _GUESS = 3e-9  # seconds that this is taken to need for a weight, until a fifth of the time it was measured
@@ -58,6 +58,19 @@ class Head:
             with self.lock:
                 self._begin()
 
+    @property
+    def pending(self) -> bool:
+        """Whether greedy steps have been taken, and there will be a screen if they go on."""
+        return self.collecting and self.seconds > 0
+
+    @property
+    def spared(self) -> int:
+        """Bytes that a step by the screen reads fewer than one by the weight, the few rows it looks at not counted."""
+        if self.screen is None:
+            return 0
+        weight = self.weight
+        return (weight.data if isinstance(weight, QuantizedTensor) else weight).nbytes - self.screen.nbytes
+
     def spent(self, seconds: float) -> None:
         """Greedy steps have taken so long. Makes the screen when it is time, unless another thread does already."""
         if not self.collecting or not self.lock.acquire(blocking=False):
@@ -79,6 +92,12 @@ class Head:
 
 _HEADS: WeakKeyDictionary[CausalLM, Head] = WeakKeyDictionary()
 _LOOKING = threading.Lock()
+
+
+def heads() -> list[Head]:
+    """Of all models that there are engines of, or were."""
+    with _LOOKING:
+        return list(_HEADS.values())
 
 
 def _head_of(model: CausalLM) -> Head | None:

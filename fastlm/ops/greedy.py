@@ -21,7 +21,7 @@ from fastlm.reference.quantized import KINDS
 __all__ = ["Screen", "greedy"]
 
 DIRECTIONS = 32
-_SLICE = 1024  # of them, to see how long they take
+_SLICE = 2048  # of them, to see how long they take
 _CHUNK = 4096  # rows of a weight that are expanded at a time
 _APART = 20.0  # what is known of the main directions to 4 bits may count for so many times more than the rest
 _STEP = 2.0**-24  # of float32: the largest relative error of one rounding
@@ -126,13 +126,15 @@ class Screen:
     @torch.no_grad()
     def seconds(weight: Tensor | QuantizedTensor, seen: Tensor) -> float:
         """How long making a screen takes on this machine, by that of some of the rows."""
-        rows, count = len(seen), min(weight.shape[0], _SLICE)
-        start = time.perf_counter()
-        _directions(seen.float())
-        once = time.perf_counter()
-        some = weight.expand_rows(0, count) if isinstance(weight, QuantizedTensor) else weight[:count]
-        Screen(some, None, seen[: min(rows, DIRECTIONS)])
-        return once - start + (time.perf_counter() - once) * weight.shape[0] / count
+        count, found = min(weight.shape[0], _SLICE), []
+        for _ in range(2):  # the first is held up by what is cold
+            start = time.perf_counter()
+            _directions(seen.float())
+            once = time.perf_counter()
+            some = weight.expand_rows(0, count) if isinstance(weight, QuantizedTensor) else weight[:count]
+            Screen(some, None, seen[:1])
+            found.append(once - start + (time.perf_counter() - once) * weight.shape[0] / count)
+        return min(found)
 
     @property
     def nbytes(self) -> int:
