@@ -4,7 +4,8 @@
 #include "amx.h"
 #include "attention_tile.h"
 #include "fastlm/pack.h"
-#include "threads.h"
+#include "recurrence_digits.h"
+#include "simd_math.h"
 
 namespace fastlm {
 namespace FASTLM_ISA {
@@ -18,10 +19,13 @@ int64_t parts_bytes(int64_t k) {
   return panels_for(k, kDepth) * kParts * kTileWords * static_cast<int64_t>(sizeof(uint32_t));
 }
 
-// Of 16 columns; without a group, of parts, digits and what a row is judged by (InputRows).
+int64_t blocks_of(int64_t n, int64_t gates) {  // of 16 columns
+  return gates != 0 ? panels_for(n / gates, kLanes) * gates : panels_for(n, kPanel) * 4;
+}
+
+// Of 16 columns, without their norms.
 int64_t block_bytes(int64_t k, int64_t groups) {
-  if (groups == 0) return parts_bytes(k) + digit_column_block(k) + kTileHeight * static_cast<int64_t>(sizeof(float));
-  return digit_column_block(padded_depth(k, groups));
+  return groups == 0 ? parts_bytes(k) : digit_column_block(padded_depth(k, groups));
 }
 
 #if defined(__AVX512F__)
@@ -91,9 +95,9 @@ FASTLM_INLINE void column_scales(vi largest, vf& scale, vf& unit) {
   }
 }
 
-// One block of 16 columns: their units, then their tiles.
-void pack_block(const Columns& columns, uint8_t* to) {
-  vf scale, unit;
+// One block of 16 columns: their units, then their tiles. Gives their norms.
+vf pack_block(const Columns& columns, uint8_t* to) {
+  vf scale, unit, squares{};
   column_scales(columns.largest(), scale, unit);
   store(reinterpret_cast<float*>(to), unit * 65536.0f);  // what the three sums are multiples of
   to += kTileHeight * sizeof(float);
@@ -101,6 +105,7 @@ void pack_block(const Columns& columns, uint8_t* to) {
   for (int64_t at = 0; at < digit_steps(depth) * kTileDepth; at += kTileHeight) {
     vf rows[kTileHeight];
     columns.load_rows(at, rows);
+    for (const vf& row : rows) squares += row * row;
     uint8_t* const tile = to + at / kTileDepth * kDigits * kTileBytes + at % kTileDepth / 4 * 64;
     for (int64_t word = 0; word < kTileHeight / 4; ++word) {
       vi words[kDigits];
@@ -109,11 +114,11 @@ void pack_block(const Columns& columns, uint8_t* to) {
         std::memcpy(tile + digit * kTileBytes + word * 64, &words[digit], sizeof(vi));
     }
   }
+  return sqrt(squares);
 }
 
-// The same block as bfloat16 parts, and the columns' norms.
-void pack_parts(const Columns& columns, uint32_t* to, float* norms) {
-  vf squares{};
+// The same block as bfloat16 parts.
+void pack_parts(const Columns& columns, uint32_t* to) {
   for (int64_t at = 0; at < columns.k; at += kDepth, to += kParts * kTileWords) {
     vf low[kTile], high[kTile];
     columns.load_rows(at, low);
@@ -122,10 +127,8 @@ void pack_parts(const Columns& columns, uint32_t* to, float* norms) {
       vu parts[kParts];
       split(low[p], high[p], parts);
       for (int j = 0; j < kParts; ++j) std::memcpy(to + j * kTileWords + p * kTile, &parts[j], sizeof(parts[j]));
-      squares += low[p] * low[p] + high[p] * high[p];
     }
   }
-  for (int lane = 0; lane < kLanes; ++lane) norms[lane] = __builtin_sqrtf(squares[lane]);
 }
 
 // Sixteen rows, or `valid` of them, that lie across: number (row, i) is at from[i * stride + row]. `copy` is [k][16].
@@ -230,8 +233,22 @@ void digit_matmul(const DigitMatmul& x) {
 }
 
 int64_t packed_digits_size(int64_t k, int64_t n, int64_t gates, int64_t k_groups) {
-  const int64_t blocks = gates != 0 ? panels_for(n / gates, kLanes) * gates : panels_for(n, kPanel) * 4;
-  return blocks * block_bytes(k, k_groups);
+  const int64_t norm_bytes = k_groups == 0 ? 0 : kTileHeight * static_cast<int64_t>(sizeof(float));
+  return blocks_of(n, gates) * (block_bytes(k, k_groups) + norm_bytes);
+}
+
+int64_t inputs_in_digits(const InputsInDigits& a) {
+  constexpr int64_t kWorthAThread = 1 << 16;  // numbers
+  const int64_t useful = a.rows * a.k / kWorthAThread;
+  const RowErrors errors(a.w_ih, a.k, blocks_of(a.n, a.gates), a.normalised);
+  int64_t coarse = 0;
+  parallel(useful < 1 ? 1 : useful < a.threads ? static_cast<int>(useful) : a.threads,
+           [&](int thread, int threads, Barrier&) {
+             const Range own = share(a.rows, thread, threads);
+             for (int64_t i = own.begin; i < own.end; ++i)
+               if (!errors.few(a.input + i * a.k)) return (void)__atomic_store_n(&coarse, 1, __ATOMIC_RELAXED);
+           });
+  return coarse == 0;
 }
 
 namespace {
@@ -295,7 +312,7 @@ int64_t evenness(const Evenness& a) {
 void pack_digits(const PackDigits& a) {
 #if defined(__AVX512F__)
   const int64_t units = a.gates != 0 ? a.n / a.gates : a.n, vectors = a.gates != 0 ? a.gates : 4;
-  const int64_t blocks = a.gates != 0 ? panels_for(units, kLanes) * a.gates : panels_for(a.n, kPanel) * 4;
+  const int64_t blocks = blocks_of(a.n, a.gates);
   const int64_t bytes = block_bytes(a.k, a.k_groups);
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1)
   for (int64_t block = 0; block < blocks; ++block) {
@@ -304,15 +321,11 @@ void pack_digits(const PackDigits& a) {
     const float* const source = a.source + (first + (a.gates != 0 ? v * units : 0)) * a.stride_n;
     const int valid = static_cast<int>(left < 0 ? 0 : left < kLanes ? left : kLanes);
     uint8_t* const to = static_cast<uint8_t*>(a.packed);
-    if (a.k_groups == 0) {  // all parts, all digits, all norms
-      uint8_t* const digits = to + blocks * parts_bytes(a.k);
-      float* const norms = reinterpret_cast<float*>(digits + blocks * digit_column_block(a.k));
-      const Columns columns = {source, a.k, 1, a.stride_k, a.stride_n, valid};
-      pack_parts(columns, reinterpret_cast<uint32_t*>(to + block * parts_bytes(a.k)), norms + block * kTileHeight);
-      pack_block(columns, digits + block * digit_column_block(a.k));
-    } else {
-      pack_block({source, a.k, a.k_groups, a.stride_k, a.stride_n, valid}, to + block * bytes);
-    }
+    if (a.k_groups == 0)
+      pack_parts({source, a.k, 1, a.stride_k, a.stride_n, valid}, reinterpret_cast<uint32_t*>(to + block * bytes));
+    else
+      store(reinterpret_cast<float*>(to + blocks * bytes) + block * kTileHeight,
+            pack_block({source, a.k, a.k_groups, a.stride_k, a.stride_n, valid}, to + block * bytes));
   }
 #else
   (void)a;

@@ -62,6 +62,7 @@
   X(void, digit_matmul, (const DigitMatmul& a), (a))                                \
   X(int64_t, digit_matmul_scratch, (const DigitMatmul& a), (a))                     \
   X(void, pack_digits, (const PackDigits& a), (a))                                  \
+  X(int64_t, inputs_in_digits, (const InputsInDigits& a), (a))                      \
   X(int64_t, evenness, (const Evenness& a), (a))                                    \
   X(int64_t, packed_digits_size, (int64_t k, int64_t n, int64_t gates, int64_t groups), (k, n, gates, groups)) \
   X(void, softmax_loss, (const SoftmaxLoss& a), (a))                                \

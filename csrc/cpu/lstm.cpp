@@ -50,7 +50,7 @@ class Forward {
       step_hidden_ = take_floats(scratch, batch * a.hidden);
     }
     if (kDigits) {
-      input_rows_ = InputRows(scratch, chunk_rows(batch, kChunk), a.inputs, a.w_ih, panels_ * 4);
+      input_rows_ = InputRows(scratch, chunk_rows(batch, kChunk), a.inputs, a.w_ih, a.w_ih_parts, panels_ * 4);
       states_ = StateDigits(scratch, batch, a.outputs, a.h0);
     }
     scratch_ = scratch - a.scratch;

@@ -91,39 +91,71 @@ class InputParts {
   uint32_t* tiles_ = nullptr;
 };
 
-// Rows of input, of a chunk at a time: as digits where rounding to 24 bits of the row's largest number, and of a column of
-// W_ih's, moves no sum by more than gates are rounded by anyway; else, if only by one feature much larger than the others,
-// as parts, in twice the time. Each row by itself. Weights are packed as both (fastlm/pack.h, k_groups = 0). Sums that are
-// `normalised` are divided by their size, so what is rounded is held against that, guessed from the row's and W_ih's.
+// Whether a row of inputs may be in digits: where rounding to 24 bits of the row's largest number, and of a column of
+// W_ih's, moves no sum by more than gates are rounded by anyway. Sums that are `normalised` are divided by their size, so
+// what is rounded is held against that, guessed from the row's and W_ih's.
+class RowErrors {
+ public:
+  RowErrors() = default;
+  RowErrors(const void* weights, int64_t k, int64_t blocks, bool normalised) : k_(k), normalised_(normalised) {
+    const uint8_t* const units = static_cast<const uint8_t*>(weights);
+    const float* const norms = reinterpret_cast<const float*>(units + blocks * digit_column_block(k));
+    vf norm{}, unit{};
+    for (int64_t block = 0; block < blocks; ++block) {
+      norm = max(load(norms + block * kTileHeight), norm);
+      unit = max(load(reinterpret_cast<const float*>(units + block * digit_column_block(k))), unit);
+    }
+    norm_ = reduce_max(norm);
+    most_ = reduce_max(unit) * (kMost / 65536.0f);
+  }
+
+  bool few(const float* x) const {
+    vf squares{};
+    for (int64_t i = 0; i < k_; i += kLanes) {
+      const vf v = load_until(x, i, k_, 0.0f);
+      squares += v * v;
+    }
+    const float most = float_of(static_cast<uint32_t>(largest_magnitude(x, k_)));  // NaN if there is one
+    const float length = __builtin_sqrtf(reduce_add(squares));
+    // In units of 2^-24: at most what rounding the row, and the weights, can add up to, if the errors' signs are random.
+    const float error = most * norm_ + length * most_;
+    const float size = normalised_ ? length * norm_ / __builtin_sqrtf(static_cast<float>(k_)) : 1.0f;
+    return k_ <= kMostDepth && error <= kMostError * size;
+  }
+
+ private:
+  static constexpr float kMostError = 8.0f;  // sums of gates between 4 and 8 are rounded by as much
+  static constexpr int64_t kMostDepth = 40000;  // three products of digits, 2^14 at most, of so many fit 32 bits
+  int64_t k_ = 0;
+  bool normalised_ = false;
+  float norm_ = 0, most_ = 0;  // of a column of the weights, the largest
+};
+
+// Rows of input, of a chunk at a time: in digits where their errors are few; else, if only by one feature much larger than
+// the others, as parts, in twice the time. Each row by itself. The weights come as digits and, unless no row can need
+// them (inputs_in_digits), as parts.
 class InputRows {
  public:
   InputRows() = default;
-  InputRows(float*& memory, int64_t rows, int64_t k, const void* weights, int64_t blocks, bool normalised = false)
-      : k_(k), normalised_(normalised), parts_weights_(weights), parts_(memory, rows, k) {
+  InputRows(float*& memory, int64_t rows, int64_t k, const void* weights, const void* parts_weights, int64_t blocks,
+            bool normalised = false)
+      : k_(k), blocks_(blocks), normalised_(normalised), weights_(static_cast<const uint8_t*>(weights)),
+        parts_weights_(parts_weights) {
+    if (parts_weights != nullptr) parts_ = InputParts(memory, rows, k);
     digits_ = {take_bytes(memory, digit_rows_bytes(rows, k)), k};
     units_ = take_floats(memory, rows);
     wide_ = reinterpret_cast<int32_t*>(take_floats(memory, rows));
-    weights_ = static_cast<const uint8_t*>(weights) + blocks * InputParts::words(k) * 4;
-    norms_ = reinterpret_cast<const float*>(weights_ + blocks * digit_column_block(k));
-    blocks_ = blocks;
   }
 
   // The rows of a chunk, by all threads together, each of which calls begin() first.
   void begin() {
-    vf norm{}, unit{};
-    for (int64_t block = 0; block < blocks_; ++block) {
-      norm = max(load(norms_ + block * kTileHeight), norm);
-      unit = max(load(reinterpret_cast<const float*>(weights_ + block * digit_column_block(k_))), unit);
-    }
-    norm_ = reduce_max(norm);
-    most_ = reduce_max(unit) * (kMost / 65536.0f);
+    if (parts_weights_ != nullptr) errors_ = RowErrors(weights_, k_, blocks_, normalised_);
   }
   void put(const float* input, int64_t rows, int thread, int threads, Barrier& barrier) {
     const Range own = share(rows, thread, threads);
     for (int64_t i = own.begin; i < own.end; ++i) {
       const float* const x = input + i * k_;
-      const bool in_digits = few_errors(x);
-      if (in_digits)
+      if (parts_weights_ == nullptr || errors_.few(x))
         put_row(x, k_, digits_, i, units_ + i);
       else
         units_[i] = 0.0f;  // times whatever digits are there
@@ -156,32 +188,15 @@ class InputRows {
   }
 
  private:
-  bool few_errors(const float* x) const {
-    vf squares{};
-    for (int64_t i = 0; i < k_; i += kLanes) {
-      const vf v = load_until(x, i, k_, 0.0f);
-      squares += v * v;
-    }
-    const float most = float_of(static_cast<uint32_t>(largest_magnitude(x, k_)));  // NaN if there is one
-    const float length = __builtin_sqrtf(reduce_add(squares));
-    // In units of 2^-24: at most what rounding the row, and the weights, can add up to, if the errors' signs are random.
-    const float error = most * norm_ + length * most_;
-    const float size = normalised_ ? length * norm_ / __builtin_sqrtf(static_cast<float>(k_)) : 1.0f;
-    return k_ <= kMostDepth && error <= kMostError * size;
-  }
-
-  static constexpr float kMostError = 8.0f;  // sums of gates between 4 and 8 are rounded by as much
-  static constexpr int64_t kMostDepth = 40000;  // three products of digits, 2^14 at most, of so many fit 32 bits
   int64_t k_ = 0, blocks_ = 0, wide_rows_ = 0;
   bool normalised_ = false;
+  const uint8_t* weights_ = nullptr;
   const void* parts_weights_ = nullptr;
+  RowErrors errors_;
   InputParts parts_;
   DigitRows digits_{};
   float* units_ = nullptr;    // [rows]; 0: the row is not in digits
   int32_t* wide_ = nullptr;   // numbers of the rows that are parts
-  const uint8_t* weights_ = nullptr;
-  const float* norms_ = nullptr;
-  float norm_ = 0, most_ = 0;  // of a column of the weights, the largest
 };
 
 // h of all rows before a step and, while that step writes them, before the next one; a step's `turn` says which. They

@@ -81,7 +81,7 @@ class Layer {
     float* scratch = a.scratch;
     sums_ = save_ ? a.gates : take_floats(scratch, panels_ * gate_rows_ * kPanel);
     if (kDigits) {
-      input_rows_ = InputRows(scratch, chunk, a.inputs, a.w_ih, panels_ * Cell::kVectors);
+      input_rows_ = InputRows(scratch, chunk, a.inputs, a.w_ih, a.w_ih_parts, panels_ * Cell::kVectors);
       if (Cell::kBounded)
         states_ = StateDigits(scratch, batch, a.hidden, a.h0);
       else

@@ -20,7 +20,7 @@ class Forward {
     float* scratch = a.scratch;
     gates_ = save_ ? a.activated : take_floats(scratch, panels_ * gate_rows_ * kPanel);
     if (digits_) {
-      input_rows_ = InputRows(scratch, chunk, a.inputs, a.w_ih, panels_ * Gates, norm_);
+      input_rows_ = InputRows(scratch, chunk, a.inputs, a.w_ih, a.w_ih_parts, panels_ * Gates, norm_);
       if (norm_) zeros_ = take_floats(scratch, panels_ * kPanel);
       states_ = GradientDigits(scratch, batch, 1, a.hidden, a.threads);
     }

@@ -52,6 +52,16 @@ void pack_as_digits(address source, int64_t k, int64_t n, int64_t stride_k, int6
   pack_digits({pointer<const float>(source), k, n, stride_k, stride_n, gates, k_groups, pointer<void>(packed), threads});
 }
 
+bool rows_in_digits(address input, int64_t rows, int64_t k, address w_ih, int64_t n, int64_t gates, bool normalised,
+                    int threads) {
+  check(rows >= 1 && k >= 1 && n >= 1 && (gates == 0 || n % gates == 0), "inputs_in_digits: sizes must be positive");
+  check(digit_tiles(), "inputs_in_digits: this processor, or this level, has no tiles of int8");
+  refuse_recording("inputs_in_digits");  // in a replay the rows would be others
+  py::gil_scoped_release unlocked;
+  return inputs_in_digits({pointer<const float>(input), rows, k, pointer<const void>(w_ih), n, gates, normalised,
+                           threads}) != 0;
+}
+
 int64_t evenness_of(address matrix, int64_t rows, int64_t columns, int threads) {
   check(rows >= 1 && columns >= 1, "evenness: sizes must be positive");
   refuse_recording("evenness");
@@ -99,7 +109,7 @@ class Samples {
 void forward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t inputs, int64_t hidden,
              int64_t outputs, bool reverse, bool bfloat, address input, address w_ih, address w_hh, address bias,
              address w_hr, address h0, address c0, address output, address h_n, address c_n, address gates,
-             address cells, address unprojected, int threads, bool digits) {
+             address cells, address unprojected, int threads, bool digits, address w_ih_parts) {
   refuse_recording("lstm_forward");
   check_batch_sizes(batch_sizes, rows, batch);
   check(inputs >= 1 && hidden >= 1 && outputs >= 1, "lstm: sizes must be positive");
@@ -110,7 +120,7 @@ void forward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batc
                       pointer<const float>(bias), pointer<const void>(w_hr), pointer<const float>(h0),
                       pointer<const float>(c0), reverse, pointer<float>(output), pointer<float>(h_n),
                       pointer<float>(c_n), pointer<float>(gates), pointer<float>(cells), pointer<float>(unprojected),
-                      nullptr, threads, digits};
+                      nullptr, threads, digits, pointer<const void>(w_ih_parts)};
   args.scratch = static_cast<float*>(scratch(lstm_forward_scratch(args) * sizeof(float)));
   py::gil_scoped_release unlocked;
   lstm_forward(args);
@@ -189,7 +199,7 @@ void run_variant_forward(int64_t gates, const std::vector<int64_t>& batch_sizes,
   VariantForward args = {gates, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
                          variant_of(t, zoneout_stride), t["input"], t["w_ih"], t["w_hh"], t["bias"], t["h0"], t["c0"],
                          t["h0_dropped"], reverse, t["output"], t["h_n"], t["c_n"], t["dropped"], t["activated"],
-                         t["cells"], t["raw_ih"], t["raw_hh"], t["stats"], nullptr, threads, digits};
+                         t["cells"], t["raw_ih"], t["raw_hh"], t["stats"], nullptr, threads, digits, t["w_ih_parts"]};
   t.check_all_known();
   args.scratch = static_cast<float*>(scratch(variant_forward_scratch(args) * sizeof(float)));
   py::gil_scoped_release unlocked;
@@ -219,7 +229,8 @@ void run_variant_backward(int64_t gates, const std::vector<int64_t>& batch_sizes
 
 void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch,
                int64_t inputs, int64_t hidden, bool reverse, bool bfloat, address input, address w_ih, address w_hh,
-               address bias, address h0, address output, address h_n, address gates, int threads, bool digits) {
+               address bias, address h0, address output, address h_n, address gates, int threads, bool digits,
+               address w_ih_parts) {
   check_batch_sizes(batch_sizes, rows, batch);
   check(inputs >= 1 && hidden >= 1, "recurrent_forward: sizes must be positive");
   check(kind == RecurrentCell::gru || gates == 0, "recurrent_forward: only a GRU has gates to keep");
@@ -228,7 +239,8 @@ void recurrent(RecurrentCell kind, const std::vector<int64_t>& batch_sizes, int6
   RecurrentForward args = {kind, static_cast<int64_t>(batch_sizes.size()), batch_sizes.data(), inputs, hidden,
                            pointer<const float>(input), bfloat, pointer<const void>(w_ih), pointer<const void>(w_hh),
                            pointer<const float>(bias), pointer<const float>(h0), reverse, pointer<float>(output),
-                           pointer<float>(h_n), pointer<float>(gates), nullptr, threads, digits};
+                           pointer<float>(h_n), pointer<float>(gates), nullptr, threads, digits,
+                           pointer<const void>(w_ih_parts)};
   args.scratch = static_cast<float*>(scratch(recurrent_forward_scratch(args) * sizeof(float)));
   if (Program* const program = recording()) {
     const auto sizes = std::make_shared<const std::vector<int64_t>>(batch_sizes);
@@ -278,6 +290,7 @@ void bind_lstm(py::module_& m) {
   m.def("packed_size", &packed_size);
   m.def("digit_tiles", &digit_tiles);
   m.def("digit_matmul", &multiply_in_digits);
+  m.def("inputs_in_digits", &rows_in_digits);
   m.def("pack_digits", &pack_as_digits);
   m.def("evenness", &evenness_of);
   m.def("packed_digits_size", &packed_digits_size);

@@ -151,13 +151,18 @@ Native forward(const Layer& l, bool save, int threads, bool in_digits = false) {
   const Floats w_ih = packed(l.w_ih, l.inputs, 4 * H, 1, l.inputs, 4), w_hh = packed(l.w_hh, P, 4 * H, 1, P, 4),
                bias = packed(l.bias, 1, 4 * H, 0, 1, 4);
   const Floats w_hr = project ? packed(l.w_hr, H, P, 1, H, 0) : Floats();
-  const Aligned ih = in_digits ? digits(l.w_ih, l.inputs, 4 * H, 1, l.inputs, 4, 0) : Aligned(0);
+  const Aligned ih = in_digits ? digits(l.w_ih, l.inputs, 4 * H, 1, l.inputs, 4, 1) : Aligned(0);
+  const Aligned parts = in_digits ? digits(l.w_ih, l.inputs, 4 * H, 1, l.inputs, 4, 0) : Aligned(0);
   const Aligned hh = in_digits ? digits(l.w_hh, P, 4 * H, 1, P, 4, 1) : Aligned(0);
   fastlm::LstmForward args = {
       l.steps(), l.batch_sizes.data(), l.inputs, H, P, l.input.data(), false, in_digits ? ih.data : w_ih.data(),
       in_digits ? hh.data : w_hh.data(), bias.data(), project ? w_hr.data() : nullptr, l.h0.data(), l.c0.data(),
       l.reverse, n.output.data(), n.h_n.data(), n.c_n.data(), save ? n.gates.data() : nullptr,
       save ? n.cells.data() : nullptr, save && project ? n.unprojected.data() : nullptr, nullptr, threads, in_digits};
+  // Before a backward pass without parts, if they are not needed: the same bits.
+  const bool none = save && in_digits &&
+                    fastlm::inputs_in_digits({l.input.data(), N, l.inputs, ih.data, 4 * H, 4, false, threads}) != 0;
+  args.w_ih_parts = none ? nullptr : parts.data;
   const Aligned scratch = scratch_floats(fastlm::lstm_forward_scratch(args));
   args.scratch = static_cast<float*>(scratch.data);
   fastlm::lstm_forward(args);

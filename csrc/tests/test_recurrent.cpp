@@ -100,14 +100,15 @@ Result native(const Layer& l, int threads, bool save = false, bool in_digits = f
   const int64_t gates = gru ? 3 : 0;
   const Floats w_ih = packed(l.w_ih, l.inputs, l.gates() * H, gates), w_hh = packed(l.w_hh, H, l.gates() * H, gates),
                b = packed(bias, 1, static_cast<int64_t>(bias.size()), gru ? 4 : 0);
-  Lines ih = in_digits ? digits(l.w_ih, l.inputs, l.gates() * H, 1, l.inputs, gates, 0) : Lines(0);
+  Lines ih = in_digits ? digits(l.w_ih, l.inputs, l.gates() * H, 1, l.inputs, gates, 1) : Lines(0);
+  Lines parts = in_digits ? digits(l.w_ih, l.inputs, l.gates() * H, 1, l.inputs, gates, 0) : Lines(0);
   Lines hh = in_digits ? digits(l.w_hh, H, l.gates() * H, 1, H, gates, 1) : Lines(0);
   const int64_t lanes = fastlm::simd_lanes();
   const int64_t saved = save && gru ? (H + lanes - 1) / lanes * rows * 4 * lanes : 0;
   Result r{Floats(rows * H, NAN), Floats(h0.size(), NAN), Floats(saved, NAN)};
   fastlm::RecurrentForward args = {l.cell, l.steps(), l.sizes.data(), l.inputs, H, l.input.data(), false,
                                    in_digits ? ih.data() : w_ih.data(), in_digits ? hh.data() : w_hh.data(), b.data(), h0.data(), l.reverse, r.output.data(), r.h_n.data(),
-                             r.gates.empty() ? nullptr : r.gates.data(), nullptr, threads, in_digits};
+                             r.gates.empty() ? nullptr : r.gates.data(), nullptr, threads, in_digits, parts.data()};
   Lines scratch(fastlm::recurrent_forward_scratch(args) * static_cast<int64_t>(sizeof(float)));
   args.scratch = static_cast<float*>(scratch.data());
   fastlm::recurrent_forward(args);

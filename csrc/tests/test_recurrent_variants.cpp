@@ -161,7 +161,8 @@ void is_right(const Layer& l, bool in_digits = false) {
   const fastlm::RecurrentVariant variant = {given(l.mask), given(l.zoneout_h), given(l.zoneout_c), 0,
                                             given(ln_ih),  given(ln_hh),       given(l.ln_c),      given(l.ln_c_bias)};
   const Doubles want = exact(l, {wide(bias), wide(h0), wide(c0)});
-  const Aligned ih = in_digits ? digits(l.w_ih, l.inputs, G * H, 1, l.inputs, G, 0) : Aligned(0),
+  const Aligned ih = in_digits ? digits(l.w_ih, l.inputs, G * H, 1, l.inputs, G, 1) : Aligned(0),
+                parts = in_digits ? digits(l.w_ih, l.inputs, G * H, 1, l.inputs, G, 0) : Aligned(0),
                 hh = in_digits ? digits(l.w_hh, H, G * H, 1, H, G, 1) : Aligned(0),
                 across = in_digits ? digits(l.w_hh, G * H, H, H, 1, 0, G) : Aligned(0);
   Floats output, h_n, c_n, dropped, activated, cells, raw_ih, raw_hh, stats;
@@ -177,7 +178,7 @@ void is_right(const Layer& l, bool in_digits = false) {
           G, l.steps(), l.sizes.data(), l.inputs, H, variant, l.input.data(), in_digits ? ih.data : w_ih.data(),
           in_digits ? hh.data : w_hh.data(), bias_packed.data(), h0.data(), given(c0), h0_dropped.data(), l.reverse,
           output.data(), h_n.data(), given(c_n), given(dropped), given(activated), given(cells), given(raw_ih),
-          given(raw_hh), given(stats), nullptr, threads, in_digits};
+          given(raw_hh), given(stats), nullptr, threads, in_digits, parts.data};
       const Aligned scratch(fastlm::variant_forward_scratch(args) * static_cast<int64_t>(sizeof(float)));
       args.scratch = static_cast<float*>(scratch.data);
       fastlm::variant_forward(args);

@@ -37,12 +37,12 @@ struct LstmForward {
   float* unprojected;
   float* scratch;  // lstm_forward_scratch(args) floats, aligned to 64 bytes
   int threads;
-  // w_hh comes as digits, w_ih packed for inputs (pack_digits; digit_tiles() alone), without a projection. Other bits
-  // than with floats.
+  // w_ih and w_hh come as digits (pack_digits; digit_tiles() alone), without a projection. Other bits than with floats.
   bool digits = false;
+  const void* w_ih_parts = nullptr;  // w_ih as parts; null where inputs_in_digits()
 };
 void lstm_forward(const LstmForward& args);
-int64_t lstm_forward_scratch(const LstmForward& args);  // of addresses, looks at those of batch_sizes, gates and w_hr
+int64_t lstm_forward_scratch(const LstmForward& args);  // of addresses, looks at those of batch_sizes, gates, w_hr, w_ih_parts
 
 struct LstmBackward {
   int64_t steps;

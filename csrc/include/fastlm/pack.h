@@ -25,21 +25,31 @@ int64_t packed_size(int64_t k, int64_t n, int64_t gates, bool bfloat = false);
 // Whether this processor multiplies tiles of int8 and the operating system lets this process do it, at the level in use.
 bool digit_tiles();
 
-// Packs floats for products in digits (cpu/digits.h) or, keeping their range, in parts (cpu/amx.h); where digit_tiles()
-// alone. Fields as in PackPanels.
+// Packs floats for products in digits (cpu/digits.h), behind which is each column's norm, or, keeping their range, in
+// parts (cpu/amx.h); where digit_tiles() alone. Fields as in PackPanels.
 struct PackDigits {
   const float* source;
   int64_t k, n;
   int64_t stride_k, stride_n;
   int64_t gates;     // of n, as in PackPanels
   int64_t k_groups;  // k counts so many groups of rows, each filled up to a multiple of 16; 1: none
-                     // 0: for inputs, whose numbers need not have one scale: all as parts, all as digits, each column's
-                     // norm
+                     // 0: as parts
   void* packed;      // out: packed_digits_size(k, n, gates, k_groups) bytes, aligned to 64
   int threads;
 };
 void pack_digits(const PackDigits& args);
 int64_t packed_digits_size(int64_t k, int64_t n, int64_t gates, int64_t k_groups);
+
+// Whether digits are exact enough for each of some rows of inputs: for others a recurrent layer needs W_ih as parts too.
+struct InputsInDigits {
+  const float* input;  // [rows, k], contiguous
+  int64_t rows, k;
+  const void* w_ih;  // [n, k] packed as digits, `gates`
+  int64_t n, gates;
+  bool normalised;  // the sums are divided by their size
+  int threads;
+};
+int64_t inputs_in_digits(const InputsInDigits& args);  // 1 or 0
 
 // Whether digits, integers in units of the largest of a row or a column, keep as much of a matrix as sums of floats do:
 // bit 0, no row has a number more than 7 times its root mean square; bit 1, no column has. Set where there is NaN.

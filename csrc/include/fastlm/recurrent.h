@@ -32,8 +32,9 @@ struct RecurrentForward {
   float* gates;        // out, for a GRU's backward pass: r, z, n and W_hn h + b_hn, [H/L][N][4][L]; or null
   float* scratch;      // recurrent_forward_scratch(args) floats, aligned to 64 bytes
   int threads;
-  // w_hh as digits, w_ih for inputs (fastlm/pack.h), in other bits; not for relu, which has no bound
+  // w_ih and w_hh as digits (fastlm/pack.h), in other bits; not for relu, which has no bound
   bool digits = false;
+  const void* w_ih_parts = nullptr;  // as fastlm/lstm.h's
 };
 void recurrent_forward(const RecurrentForward& args);
 int64_t recurrent_forward_scratch(const RecurrentForward& args);  // of addresses, looks at batch_sizes' and gates'

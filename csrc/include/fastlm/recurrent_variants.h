@@ -37,7 +37,7 @@ struct VariantForward {
   int64_t inputs, hidden;
   RecurrentVariant variant;
   const float* input;       // [N, I]
-  const void* w_ih;         // [G H, I] packed, gates; for inputs where `digits` (fastlm/pack.h)
+  const void* w_ih;         // [G H, I] packed, gates; as digits where `digits` (fastlm/pack.h)
   const void* w_hh;         // [G H, H] packed, gates; as digits where `digits`
   const float* bias;        // [H/L][4][L]: LSTM b_ih + b_hh; GRU those of r and z, b_in, b_hn
   const float* h0;          // [B, H]
@@ -57,6 +57,7 @@ struct VariantForward {
   float* scratch;    // variant_forward_scratch(...) floats, aligned to 64 bytes
   int threads;
   bool digits = false;  // as fastlm/lstm.h's
+  const void* w_ih_parts = nullptr;
 };
 void variant_forward(const VariantForward& args);
 int64_t variant_forward_scratch(const VariantForward& args);

@@ -86,15 +86,42 @@ def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, 
 def pack_in_digits(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> _Packed:
     """The same where `in_digits`; not remembered."""
     floats = _pack_biases(w_ih, b_ih, b_hh)
-    shared = pack_digits(w_ih.t(), gates=4, k_groups=0), pack_digits(w_hh.t(), gates=4), floats
+    shared = pack_digits(w_ih.t(), gates=4), pack_digits(w_hh.t(), gates=4), floats
     ih, hh, bias = (tensor.data_ptr() for tensor in shared)
     return _Packed(*shared, None, w_ih.shape[1], w_ih.shape[0] // 4, (ih, hh, bias), False)
+
+
+def parts_of_inputs(
+    input: Tensor, w_ih: Tensor, digits: Tensor, gates: int, *, save: bool, normalised: bool = False
+) -> Tensor | None:
+    """W_ih as parts (csrc/cpu/amx.h), for rows of inputs whose numbers are too unlike each other for digits.
+
+    None if no row is: before a backward pass, after which the weight will be another, looking takes less time than
+    packing.
+
+    Args:
+        input, w_ih: [N, I], contiguous; [GH, I].
+        digits: w_ih packed as digits, of so many gates, 0 of a plain RNN.
+        normalised: the products are.
+    """
+    module = native.CPU.require()
+    rows = input.data_ptr(), *input.shape, digits.data_ptr(), len(w_ih), gates, normalised
+    if save and module.inputs_in_digits(*rows, native.num_threads()):
+        return None
+    return cached("parts", (w_ih,), _IN_PARTS[gates])
+
+
+def _pack_parts(w_ih: Tensor, *, gates: int) -> Tensor:
+    return pack_digits(w_ih.t(), gates=gates, k_groups=0)
+
+
+_IN_PARTS = {gates: partial(_pack_parts, gates=gates) for gates in (0, 3, 4)}
 
 
 def in_digits(batch_sizes: Sequence[int], w_ih: Tensor, w_hh: Tensor) -> bool:
     """Whether a sequence's products with W_hh are those of csrc/cpu/digits.h, on tiles of int8.
 
-    Those with W_ih are then those of csrc/cpu/amx.h, since inputs need not have one scale.
+    Those with W_ih are then as well, or, of some rows, those of csrc/cpu/amx.h: see `parts_of_inputs`.
 
     A row's result in digits and in floats differ in their last bits, so this is for the call as a whole: whatever the
     number and lengths, and as much for the last row left as for the first. Single steps, as in generation, are always
@@ -188,6 +215,7 @@ def layer_forward(
     biased = (w_ih, w_hh, b_ih, b_hh)
     packed = cached("lstm digits", biased, pack_in_digits) if digits else pack_layer(*biased, w_hr)
     input, h0, c0 = input.contiguous(), h0.contiguous(), c0.contiguous()
+    parts = parts_of_inputs(input, w_ih, packed.w_ih, 4, save=save) if digits else None
     output, h_n, c_n = native.empty(rows, outputs), torch.empty_like(h0), torch.empty_like(c0)
     gates = cells = unprojected = None
     if save:
@@ -219,6 +247,7 @@ def layer_forward(
         native.address(unprojected),
         native.num_threads(),
         digits,
+        native.address(parts),
     )
     if not save:
         return output, h_n, c_n, None

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu.lstm import columns_in_digits, gradients_in_digits, in_digits, pack_columns, product
+from fastlm.kernels.cpu.lstm import (
+    columns_in_digits,
+    gradients_in_digits,
+    in_digits,
+    pack_columns,
+    parts_of_inputs,
+    product,
+)
 from fastlm.kernels.packing import cached, pack, pack_digits
 
 __all__ = ["Packed", "Saved", "layer_backward", "layer_forward", "pack_in_digits", "pack_layer"]
@@ -40,16 +47,15 @@ class Packed(NamedTuple):
 def pack_layer(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, in_digits: bool = False) -> Packed:
     """The weights of a layer in one direction as the kernels want them."""
     rows, hidden = w_hh.shape
-    of_input = partial(pack_digits, k_groups=0) if in_digits else pack
-    of_state = pack_digits if in_digits else pack
+    of_weight = pack_digits if in_digits else pack
     none = w_hh.new_zeros(rows, dtype=torch.float32)
     of_x, of_h = (none if bias is None else bias.detach().float() for bias in (b_ih, b_hh))
     gates = rows // hidden
     if gates == 1:
-        return Packed(of_input(w_ih.t()), of_state(w_hh.t()), pack((of_x + of_h)[None]))
+        return Packed(of_weight(w_ih.t()), of_weight(w_hh.t()), pack((of_x + of_h)[None]))
     # A GRU's n keeps the two apart: r is multiplied by one of them alone.
     both = torch.cat([(of_x + of_h)[: 2 * hidden], of_x[2 * hidden :], of_h[2 * hidden :]])
-    return Packed(of_input(w_ih.t(), gates=gates), of_state(w_hh.t(), gates=gates), pack(both[None], gates=4))
+    return Packed(of_weight(w_ih.t(), gates=gates), of_weight(w_hh.t(), gates=gates), pack(both[None], gates=4))
 
 
 pack_in_digits = partial(pack_layer, in_digits=True)
@@ -87,6 +93,8 @@ def layer_forward(
     digits = cell != "relu" and in_digits(batch_sizes, w_ih, w_hh)  # a relu's states have no bound
     packed = cached("recurrent digits", weights, pack_in_digits) if digits else cached("recurrent", weights, pack_layer)
     input, h0 = input.contiguous(), h0.contiguous()
+    gated = {"gru": 3}.get(cell, 0)
+    parts = parts_of_inputs(input, w_ih, packed.w_ih, gated, save=save) if digits else None
     rows, inputs = input.shape
     batch, hidden = h0.shape
     output, h_n = native.empty(rows, hidden), torch.empty_like(h0)
@@ -113,6 +121,7 @@ def layer_forward(
         native.address(gates),
         native.num_threads(),
         digits,
+        native.address(parts),
     )
     saved = Saved((input, *weights[:2], h0, output, gates), cell, batch_sizes, reverse) if save else None
     return output, h_n, saved

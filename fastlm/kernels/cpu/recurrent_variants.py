@@ -144,7 +144,11 @@ def layer_forward(
             tensors["raw_hh"] = native.empty(panels, rows, gates, lanes)
             tensors["stats"] = input.new_empty(2 * gates - 2, rows)
     final = [torch.empty_like(state, memory_format=torch.contiguous_format) for state in states]
+    given: dict[str, Tensor | None]
     given = dict(zip(("w_ih", "w_hh", "bias"), packed, strict=False)) | dict(zip(("h_n", "c_n"), final, strict=False))
+    if digits and (x := tensors["input"]) is not None:
+        normed = norms[0] is not None
+        given["w_ih_parts"] = lstm.parts_of_inputs(x, wide[0], packed.w_ih, gates, save=save, normalised=normed)
     module.variant_forward(
         gates,
         batch_sizes,
