@@ -3,10 +3,11 @@
 // Both factors become integers of 24 bits, a row of the left one in units of its own largest number / kMost, so does a
 // column of the right one, and an integer is three digits of base 256, each in -128..127:
 //   x = (x0 2^16 + x1 2^8 + x2) unit,   sum x y = unit_x unit_y 2^16 (2^16 x0 y0 + 2^8 (x0 y1 + x1 y0)
-//                                                                     + x0 y2 + x1 y1 + x2 y0 + less than 2^-6 each)
+//                                                                     + x0 y2 + x1 y1 + x2 y0 + what is left out)
 // Six tile products, whose sums over k are exact: no order of summation, number of rows or of threads changes a bit of
-// them. The error is that of rounding to 24 bits of the *largest* number in a row or column, where float rounds each
-// sum to 24 bits of itself: the same for rows whose numbers are of like size (states of a recurrence, all in -1..1,
+// them. The error is that of rounding to 24 bits of the *largest* number in a row or column, and as much again for what
+// is left out, x1 y2 + x2 y1, 2^-25 of the largest product for each k on average; float rounds each sum to 24 bits of
+// itself. That is the same for rows whose numbers are of like size (states of a recurrence, all in -1..1,
 // and their gradients), which is all it is used for. Three bytes a weight in place of four, and tiles of int8 multiply
 // at twice the rate of bfloat16, of which float takes three parts and six products too.
 //

@@ -97,3 +97,49 @@ def test_gradients_beside_one_large_number(kind: str, what: str) -> None:
         gradients(torch.float32, "cpu"), gradients(torch.float32, None), exact, strict=True
     ):
         assert_close_to_reference(fast, torchs, reference, factor=3.0, floor=2e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_one_large_row_among_small_ones_with_and_without_gradients(kind: str) -> None:
+    """W_ih is packed as parts for that row; before a backward pass only because of it. The others keep their bits."""
+    torch.manual_seed(3)
+    module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[kind](70, 72)
+    weights, x = list(module.parameters()), torch.randn(30, 24, 70)
+    with ops.backend("cpu"):
+        small = _run(kind, x, 72, weights)
+        x[29, 5, 3] = 1e4
+        large = _run(kind, x, 72, weights)
+        with torch.no_grad():
+            assert torch.equal(_run(kind, x, 72, weights), large)
+    exact = _run(kind, x.double(), 72, [w.double() for w in weights])
+    assert_close_to_reference(large, module(x)[0], exact)
+    same = torch.ones(30, 24, dtype=torch.bool)
+    same[29, 5] = False
+    assert torch.equal(large[same], small[same])
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_gradients_beside_large_first_states(kind: str) -> None:
+    """First states beyond -1..1 are not the unit of all states in W_hh's gradient."""
+    torch.manual_seed(4)
+    steps, batch, inputs, hidden = 60, 7, 40, 100
+    module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[kind](inputs, hidden)
+    x, h0, upstream = (torch.randn(*s) for s in ((steps, batch, inputs), (1, batch, hidden), (steps, batch, hidden)))
+
+    def gradient(dtype: torch.dtype, backend: str | None) -> torch.Tensor:
+        weights = [w.detach().to(dtype).requires_grad_() for w in module.parameters()]
+        h = h0.to(dtype)
+        states: Any = (h, torch.zeros_like(h)) if kind == "lstm" else h
+        if backend is None:
+            output, weights = module(x, states)[0], list(module.parameters())
+        else:
+            with ops.backend(backend):
+                op: Any = getattr(ops, kind)
+                output = op(x.to(dtype), states, weights)[0]
+        return torch.autograd.grad((output * upstream.to(dtype)).sum(), weights[1])[0].double()
+
+    exact = gradient(torch.float64, "reference")
+    mine, torchs = ((gradient(torch.float32, b) - exact).norm() for b in ("cpu", None))
+    assert mine <= 3 * torchs

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastlm.kernels import native
 from fastlm.kernels.cpu.lstm import (
+    bounded,
     columns_in_digits,
     gradients_in_digits,
     in_digits,
@@ -178,7 +179,7 @@ def layer_backward(
         product(of_x, w_ih.float()) if needs[0] else None,
         grad_h0 if needs[1] else None,
         product(of_x.t(), input) if needs[2] else None,
-        None if previous is None else product(of_h.t(), previous, digits=saved.cell != "relu"),
+        None if previous is None else product(of_h.t(), previous, digits=saved.cell != "relu" and bounded(h0)),
         of_x.sum(0) if needs[4] else None,
         of_h.sum(0) if needs[5] else None,
     )

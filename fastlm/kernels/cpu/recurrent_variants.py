@@ -233,7 +233,7 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
     results = (
         product(of_x, wide_ih) if needs[0] else None,
         product(of_x.t(), input) if needs[1] else None,
-        None if previous is None else product(of_raw.t(), previous, digits=True),
+        None if previous is None else product(of_raw.t(), previous, digits=lstm.bounded(h0)),
         of_b_ih,
         of_b_hh,
         *of_gains[: 2 * gates - 4],
