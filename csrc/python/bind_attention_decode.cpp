@@ -8,6 +8,7 @@
 #include "bindings.h"
 #include "exchange.h"
 #include "fastlm/attention_decode.h"
+#include "known_calls.h"
 
 namespace fastlm {
 namespace {
@@ -107,8 +108,7 @@ bool sign(PyObject* const* args, Signature* signature, address* data) {
   return false;
 }
 
-// Calls that were checked in Python, of which those that only bring other numbers need not be checked again. Never
-// freed: it holds Python's objects, and outlives the interpreter.
+// A call that was checked in Python: one that only brings other numbers need not be.
 struct Known {
   Signature signature;
   AttentionDecode call;
@@ -116,15 +116,6 @@ struct Known {
   py::object arguments[4];  // of `empty`, the last two by name
   py::object names;
 };
-constexpr int kMostKnown = 64;
-struct Memory {
-  Known known[kMostKnown];
-  int count = 0, next = 0, last = 0;
-};
-Memory& memory() {
-  static Memory* const instance = new Memory;
-  return *instance;
-}
 
 void remember(const AttentionDecode& call, const py::tuple& args, py::object empty, py::object shape,
               py::object strides, py::object dtype, py::object device) {
@@ -132,32 +123,14 @@ void remember(const AttentionDecode& call, const py::tuple& args, py::object emp
   address data[kTensors];
   if (exchange().table == nullptr || args.size() != kTensors + 3) return;
   if (!sign(&PyTuple_GET_ITEM(args.ptr(), 0), &signature, data)) return;
-  Memory& m = memory();
-  m.known[m.next] = {signature, call, std::move(empty),
-                     {std::move(shape), std::move(strides), std::move(dtype), std::move(device)},
-                     py::make_tuple("dtype", "device")};
-  m.last = m.next;
-  m.count = std::max(m.count, m.next + 1);
-  m.next = (m.next + 1) % kMostKnown;
-}
-
-int forget() {
-  Memory& m = memory();
-  const int count = m.count;
-  for (Known& known : m.known) known = {};
-  m.count = m.next = m.last = 0;
-  return count;
+  KnownCalls<Known>::instance().remember({signature, call, std::move(empty),
+                                          {std::move(shape), std::move(strides), std::move(dtype), std::move(device)},
+                                          py::make_tuple("dtype", "device")});
 }
 
 const Known* find(const Signature& signature) {
-  Memory& m = memory();
-  for (int i = 0; i < m.count; ++i) {
-    const int at = (m.last + i) % m.count;
-    if (std::memcmp(&m.known[at].signature, &signature, sizeof(signature)) != 0) continue;
-    m.last = at;
-    return &m.known[at];
-  }
-  return nullptr;
+  return KnownCalls<Known>::instance().find(
+      [&](const Known& known) { return std::memcmp(&known.signature, &signature, sizeof(signature)) == 0; });
 }
 
 // (query, key_cache, value_cache, lengths, rows, scale, window, softcap, threads): the output, or None for a call that
@@ -205,7 +178,9 @@ void bind_attention_decode(py::module_& m) {
       .def(py::init(&plan))
       .def("__call__", &run);
   m.def("attention_decode_remember", &remember);
-  m.def("attention_decode_forget", &forget, "Forgets all remembered calls; returns how many there were.");
+  m.def(
+      "attention_decode_forget", [] { return KnownCalls<Known>::instance().forget(); },
+      "Forgets all remembered calls; returns how many there were.");
   m.attr("attention_decode_known") = py::reinterpret_steal<py::object>(PyCFunction_New(&known_method, nullptr));
 }
 

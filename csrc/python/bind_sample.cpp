@@ -4,6 +4,7 @@
 #include <new>
 
 #include "exchange.h"
+#include "known_calls.h"
 #include "sample_args.h"
 
 namespace fastlm {
@@ -57,8 +58,7 @@ int64_t bind(address logits, int64_t row_stride, int64_t batch, int64_t vocab, s
              threads);
 }
 
-// Calls that were checked in Python, of which those that bring other logits of the same layout and another position
-// need not be checked again. Never freed: it holds Python's objects, and outlives the interpreter.
+// A call that was checked in Python: one that brings other logits of the same layout and another position need not be.
 constexpr Py_ssize_t kOptions = 9;
 struct Known {
   int64_t batch, vocab, row_stride;
@@ -67,16 +67,6 @@ struct Known {
   py::object empty_like, tokens;
   py::object alive;  // what `call` has addresses of
 };
-constexpr int kMostKnown = 64;
-struct Memory {
-  Known known[kMostKnown];
-  int count = 0, next = 0, last = 0;
-};
-Memory& memory() {
-  static Memory* const instance = new Memory;
-  return *instance;
-}
-
 bool same(PyObject* a, PyObject* b) {
   if (a == b) return true;
   if (Py_TYPE(a) != Py_TYPE(b)) return false;
@@ -84,19 +74,13 @@ bool same(PyObject* a, PyObject* b) {
 }
 
 const Known* find(const TensorView& logits, PyObject* const* options) {
-  Memory& m = memory();
-  for (int i = 0; i < m.count; ++i) {
-    const int at = (m.last + i) % m.count;
-    const Known& known = m.known[at];
+  return KnownCalls<Known>::instance().find([&](const Known& known) {
     if (known.batch != logits.shape[0] || known.vocab != logits.shape[1] || known.row_stride != logits.strides[0])
-      continue;
+      return false;
     int equal = 0;
     while (equal < kOptions && same(options[equal], known.options[equal].ptr())) ++equal;
-    if (equal < kOptions) continue;
-    m.last = at;
-    return &known;
-  }
-  return nullptr;
+    return equal == kOptions;
+  });
 }
 
 // `tokens` is a tensor like those to be returned, `options` as they come to sample_known.
@@ -107,19 +91,7 @@ void remember(int64_t row_stride, int64_t batch, int64_t vocab, std::array<doubl
   Known known{batch, vocab, row_stride, {}, {}, std::move(empty_like), std::move(tokens), std::move(alive)};
   known.call = sample_args(0, row_stride, batch, vocab, reals, real_rows, integers, integer_rows, 0, 0, 0, 0, 0, 0);
   for (Py_ssize_t i = 0; i < kOptions; ++i) known.options[i] = options[size_t(i)];
-  Memory& m = memory();
-  m.last = m.next;
-  std::swap(m.known[m.next], known);
-  m.count = std::max(m.count, m.next + 1);
-  m.next = (m.next + 1) % kMostKnown;
-}
-
-int forget() {
-  Memory& m = memory();
-  const int count = m.count;
-  for (Known& known : m.known) known = {};
-  m.count = m.next = m.last = 0;
-  return count;
+  KnownCalls<Known>::instance().remember(std::move(known));
 }
 
 // (logits, temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, top_k, seed, sequence,
@@ -172,7 +144,9 @@ PyMethodDef known_method = {"sample_known", reinterpret_cast<PyCFunction>(reinte
 void bind_sample(py::module_& m) {
   m.def("sample", &bind, "Writes one token per row; returns -1, or the first row that cannot be drawn from.");
   m.def("sample_remember", &remember);
-  m.def("sample_forget", &forget, "Forgets all remembered calls; returns how many there were.");
+  m.def(
+      "sample_forget", [] { return KnownCalls<Known>::instance().forget(); },
+      "Forgets all remembered calls; returns how many there were.");
   m.attr("sample_known") = py::reinterpret_steal<py::object>(PyCFunction_New(&known_method, nullptr));
 }
 
