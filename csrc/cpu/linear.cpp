@@ -81,7 +81,7 @@ FASTLM_INLINE void float_block(const uint8_t* block, int64_t row_bytes, const fl
 // Outputs of a tile: each fetches the weights that many rows ahead, into level 2, which takes more lines at a time than
 // level 1 does.
 constexpr int kTile = 4;
-constexpr int kMostRows = 8, kOutputsOfMost = kLanes == 16 ? 2 : 1;  // what the registers hold
+constexpr int kOutputsOfMost = kLanes == 16 ? 2 : 1;  // of eight rows: what the registers hold
 
 // Outputs n0 .. n0 + N - 1 of rows m0 .. m0 + M - 1. Lanes go along the columns. This is number `pass` of `passes` over
 // these weights, each of which fetches some of those to come, so that memory is never idle.
@@ -141,13 +141,16 @@ FASTLM_INLINE void float_tiles(const LinearArgs& a, const LinearWeight& out, int
 }
 
 // Outputs n .. n + G - 1. Input rows are taken several at a time; however many, a row's own additions are in one order.
+// Fewer kinds of tiles, which take long to compile, for the last outputs and for Q kinds that are not rounded for.
 template <WeightKind kind, int G>
 FASTLM_INLINE void float_group(const LinearArgs& a, const LinearWeight& out, int64_t n) {
-  const int64_t passes = a.rows / kMostRows + a.rows % 8 / 4 + a.rows % 4 / 2 + a.rows % 2;
+  constexpr int kMost = G < kTile ? 1 : is_quantized(kind) ? 4 : 8;
+  const int64_t rows = a.rows, four = rows % 8 / 4, two = rows % 4 / 2;
+  const int64_t passes = kMost == 1 ? rows : kMost == 4 ? rows / 4 + rows % 4 : rows / 8 + four + two + rows % 2;
   int64_t m = 0, pass = 0;
-  float_tiles<kind, kMostRows, kOutputsOfMost, G>(a, out, n, passes, pass, m);
-  float_tiles<kind, 4, kTile, G>(a, out, n, passes, pass, m);
-  float_tiles<kind, 2, kTile, G>(a, out, n, passes, pass, m);
+  if constexpr (kMost >= 8) float_tiles<kind, 8, kOutputsOfMost, G>(a, out, n, passes, pass, m);
+  if constexpr (kMost >= 4) float_tiles<kind, 4, kTile, G>(a, out, n, passes, pass, m);
+  if constexpr (kMost >= 8) float_tiles<kind, 2, kTile, G>(a, out, n, passes, pass, m);
   float_tiles<kind, 1, kTile, G>(a, out, n, passes, pass, m);
 }
 

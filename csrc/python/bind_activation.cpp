@@ -3,7 +3,7 @@
 #include "bindings.h"
 #include "fastlm/activation.h"
 
-namespace fastlm {
+namespace fastlm::activation_binding {
 namespace {
 
 ActivationFunction checked_function(int64_t count, int function, int threads) {
@@ -15,7 +15,7 @@ ActivationFunction checked_function(int64_t count, int function, int threads) {
 
 }  // namespace
 
-void bind_activation(py::module_& m) {
+void define(py::module_& m) {
   m.def(
       "activation",
       [](address input, address factor, address output, int64_t count, int function, bool bfloats, int threads) {
@@ -37,4 +37,4 @@ void bind_activation(py::module_& m) {
       py::arg("count"), py::arg("function"), py::arg("bfloats"), py::arg("threads"));
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::activation_binding

@@ -5,7 +5,7 @@
 #include "bindings.h"
 #include "fastlm/adamw.h"
 
-namespace fastlm {
+namespace fastlm::adamw_binding {
 namespace {
 
 using Addresses = std::array<address, 5>;  // parameter, gradient, first, second, steps
@@ -38,9 +38,9 @@ float step(const std::vector<Addresses>& addresses, const std::vector<int64_t>& 
 
 }  // namespace
 
-void bind_adamw(py::module_& m) {
+void define(py::module_& m) {
   m.def("adamw", &step, py::arg("addresses"), py::arg("counts"), py::arg("groups"), py::arg("max_norm"),
         py::arg("threads"));
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::adamw_binding

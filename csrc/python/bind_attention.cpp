@@ -6,7 +6,7 @@
 #include "bindings.h"
 #include "fastlm/attention.h"
 
-namespace fastlm {
+namespace fastlm::attention_binding {
 namespace {
 
 using Sizes = std::array<int64_t, 4>;
@@ -102,10 +102,10 @@ void backward(const py::tuple& forward_arguments, const py::tuple& grad_output, 
 }  // namespace
 
 // Tensors are (address, shape, strides), the mask (address, strides of its broadcast shape).
-void bind_attention(py::module_& m) {
+void define(py::module_& m) {
   m.def("attention", &forward<const py::tuple&, const py::tuple&, const py::tuple&, const py::object&, bool, address,
                               int64_t, float, float, int64_t, bool, const py::tuple&, address, bool, int>);
   m.def("attention_backward", &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::attention_binding

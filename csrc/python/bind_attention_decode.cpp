@@ -10,7 +10,7 @@
 #include "fastlm/attention_decode.h"
 #include "known_calls.h"
 
-namespace fastlm {
+namespace fastlm::attention_decode_binding {
 namespace {
 
 using Sizes = std::array<int64_t, 4>;
@@ -173,7 +173,7 @@ PyMethodDef known_method = {"attention_decode_known", reinterpret_cast<PyCFuncti
 
 }  // namespace
 
-void bind_attention_decode(py::module_& m) {
+void define(py::module_& m) {
   py::class_<AttentionDecode>(m, "AttentionDecode", "A call of attention_decode without its addresses.")
       .def(py::init(&plan))
       .def("__call__", &run);
@@ -184,4 +184,4 @@ void bind_attention_decode(py::module_& m) {
   m.attr("attention_decode_known") = py::reinterpret_steal<py::object>(PyCFunction_New(&known_method, nullptr));
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::attention_decode_binding

@@ -6,7 +6,7 @@
 #include "fastlm/elementwise.h"
 #include "fastlm/kv_append.h"
 
-namespace fastlm {
+namespace fastlm::elementwise_binding {
 namespace {
 
 using Sizes = std::array<int64_t, 4>;
@@ -60,7 +60,7 @@ void append(const Sizes& shape, address key, const Sizes& key_stride, address va
 
 }  // namespace
 
-void bind_elementwise(py::module_& m) {
+void define(py::module_& m) {
   m.def("kv_append", &append);
   m.def("add", [](address a, address b, address output, int64_t count, int threads) {
     check(count >= 0 && threads >= 1, "add: count or threads out of range");
@@ -87,4 +87,4 @@ void bind_elementwise(py::module_& m) {
   });
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::elementwise_binding

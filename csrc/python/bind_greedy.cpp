@@ -4,9 +4,9 @@
 
 #include "bindings.h"
 
-namespace fastlm {
+namespace fastlm::greedy_binding {
 
-void bind_greedy(py::module_& m) {
+void define(py::module_& m) {
   m.def(
       "greedy",
       [](address input, address weight, address bias, int kind, address coarse, address slack, address basis,
@@ -48,4 +48,4 @@ void bind_greedy(py::module_& m) {
       py::arg("threads"));
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::greedy_binding

@@ -7,7 +7,7 @@
 #include "bindings.h"
 #include "fastlm/isa.h"
 
-namespace fastlm {
+namespace fastlm::linear_binding {
 namespace {
 
 WeightKind checked_kind(int kind, int64_t columns) {
@@ -26,7 +26,7 @@ void checked_sizes(int64_t rows, int64_t outputs, int threads) {
 
 }  // namespace
 
-void bind_linear(py::module_& m) {
+void define(py::module_& m) {
   using Weight = std::tuple<address, address, address, int64_t, int>;  // weight, bias, output, outputs, kind
   m.def(
       "linear",
@@ -93,4 +93,4 @@ void bind_linear(py::module_& m) {
       py::arg("columns"), py::arg("kind"), py::arg("threads"));
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::linear_binding

@@ -17,7 +17,7 @@
 #include "fastlm/recurrent.h"
 #include "fastlm/recurrent_variants.h"
 
-namespace fastlm {
+namespace fastlm::lstm_binding {
 namespace {
 
 void check(bool holds, const char* message) {
@@ -282,7 +282,7 @@ void use_huge_pages([[maybe_unused]] address start, [[maybe_unused]] int64_t byt
 
 }  // namespace
 
-void bind_lstm(py::module_& m) {
+void define(py::module_& m) {
   m.def("pack_panels", &pack);
   py::class_<Samples>(m, "Samples")
       .def(py::init<const std::vector<std::pair<address, int64_t>>&>())
@@ -308,4 +308,4 @@ void bind_lstm(py::module_& m) {
   m.def("use_huge_pages", &use_huge_pages);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::lstm_binding

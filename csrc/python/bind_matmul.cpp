@@ -1,9 +1,9 @@
 #include "bindings.h"
 #include "fastlm/matmul.h"
 
-namespace fastlm {
+namespace fastlm::matmul_binding {
 
-void bind_matmul(py::module_& m) {
+void define(py::module_& m) {
   m.def("matmul_tiles", &matmul_tiles);
   m.def("matmul_allow_tiles", &matmul_allow_tiles, py::arg("allowed"));
   m.def(
@@ -69,4 +69,4 @@ void bind_matmul(py::module_& m) {
       py::arg("columns"), py::arg("depth"), py::arg("threads"));
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::matmul_binding

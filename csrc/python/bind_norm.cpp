@@ -3,7 +3,7 @@
 #include "bindings.h"
 #include "fastlm/norm.h"
 
-namespace fastlm {
+namespace fastlm::norm_binding {
 namespace {
 
 void check_norm(int64_t rows, int64_t dim, int threads) {
@@ -14,7 +14,7 @@ void check_norm(int64_t rows, int64_t dim, int threads) {
 
 }  // namespace
 
-void bind_norm(py::module_& m) {
+void define(py::module_& m) {
   m.def(
       "norm",
       [](address input, address weight, address bias, address output, address statistics, int64_t rows, int64_t dim,
@@ -56,4 +56,4 @@ void bind_norm(py::module_& m) {
       py::arg("bfloats"), py::arg("threads"), py::arg("grad_sum") = 0);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::norm_binding

@@ -3,7 +3,7 @@
 #include "bindings.h"
 #include "fastlm/rotary.h"
 
-namespace fastlm {
+namespace fastlm::rotary_binding {
 namespace {
 
 using Sizes = std::array<int64_t, 4>;
@@ -35,6 +35,6 @@ void run(address input, const Sizes& shape, const Sizes& stride, address cos, ad
 
 }  // namespace
 
-void bind_rotary(py::module_& m) { m.def("rotary", &run); }
+void define(py::module_& m) { m.def("rotary", &run); }
 
-}  // namespace fastlm
+}  // namespace fastlm::rotary_binding

@@ -7,7 +7,7 @@
 #include "known_calls.h"
 #include "sample_args.h"
 
-namespace fastlm {
+namespace fastlm::sample_binding {
 namespace {
 
 // The calling thread's scratch; grows, and starts as zeros.
@@ -141,7 +141,7 @@ PyMethodDef known_method = {"sample_known", reinterpret_cast<PyCFunction>(reinte
 
 }  // namespace
 
-void bind_sample(py::module_& m) {
+void define(py::module_& m) {
   m.def("sample", &bind, "Writes one token per row; returns -1, or the first row that cannot be drawn from.");
   m.def("sample_remember", &remember);
   m.def(
@@ -150,4 +150,4 @@ void bind_sample(py::module_& m) {
   m.attr("sample_known") = py::reinterpret_steal<py::object>(PyCFunction_New(&known_method, nullptr));
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::sample_binding

@@ -3,9 +3,9 @@
 #include "bindings.h"
 #include "fastlm/softmax_loss.h"
 
-namespace fastlm {
+namespace fastlm::softmax_loss_binding {
 
-void bind_softmax_loss(py::module_& m) {
+void define(py::module_& m) {
   m.def(
       "softmax_loss",
       [](address logits, address bias, address target, address factors, address losses, int64_t rows, int64_t columns,
@@ -26,4 +26,4 @@ void bind_softmax_loss(py::module_& m) {
       py::arg("columns"), py::arg("ignore_index"), py::arg("smoothing"), py::arg("bfloats"), py::arg("threads"));
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::softmax_loss_binding

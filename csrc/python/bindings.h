@@ -64,19 +64,19 @@ inline KvType kv_type(int number) {
 }
 inline int64_t kv_width(int64_t dim, KvType type) { return type == KvType::kInt8 ? dim + 4 : dim; }
 
-void bind_activation(py::module_& m);
-void bind_adamw(py::module_& m);
-void bind_attention(py::module_& m);
-void bind_attention_decode(py::module_& m);
-void bind_elementwise(py::module_& m);
-void bind_matmul(py::module_& m);
-void bind_norm(py::module_& m);
-void bind_greedy(py::module_& m);
-void bind_linear(py::module_& m);
-void bind_lstm(py::module_& m);
+namespace activation_binding { void define(py::module_& m); }
+namespace adamw_binding { void define(py::module_& m); }
+namespace attention_binding { void define(py::module_& m); }
+namespace attention_decode_binding { void define(py::module_& m); }
+namespace elementwise_binding { void define(py::module_& m); }
+namespace matmul_binding { void define(py::module_& m); }
+namespace norm_binding { void define(py::module_& m); }
+namespace greedy_binding { void define(py::module_& m); }
+namespace linear_binding { void define(py::module_& m); }
+namespace lstm_binding { void define(py::module_& m); }
 void bind_program(py::module_& m);
-void bind_rotary(py::module_& m);
-void bind_sample(py::module_& m);
-void bind_softmax_loss(py::module_& m);
+namespace rotary_binding { void define(py::module_& m); }
+namespace sample_binding { void define(py::module_& m); }
+namespace softmax_loss_binding { void define(py::module_& m); }
 
 }  // namespace fastlm

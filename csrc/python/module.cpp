@@ -1,5 +1,5 @@
 // The Python module fastlm._native. Bindings convert, validate, release the GIL and call: no maths here, and no
-// torch. Tensors arrive as addresses, checked once in Python (fastlm/kernels); each bind_<op> is in its own file.
+// torch. Tensors arrive as addresses, checked once in Python (fastlm/kernels); each op in a bind_<op>.cpp of its own.
 #include "bindings.h"
 #include "exchange.h"
 
@@ -13,18 +13,18 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa_force", &fastlm::isa_force, py::arg("level"));
   m.def("simd_lanes", &fastlm::simd_lanes);
   m.def("set_exchange", &fastlm::set_exchange, py::arg("capsule"), py::arg("tensor"), py::arg("parameter"));
-  fastlm::bind_activation(m);
-  fastlm::bind_adamw(m);
-  fastlm::bind_attention(m);
-  fastlm::bind_attention_decode(m);
-  fastlm::bind_elementwise(m);
-  fastlm::bind_matmul(m);
-  fastlm::bind_norm(m);
-  fastlm::bind_greedy(m);
-  fastlm::bind_linear(m);
-  fastlm::bind_lstm(m);
+  fastlm::activation_binding::define(m);
+  fastlm::adamw_binding::define(m);
+  fastlm::attention_binding::define(m);
+  fastlm::attention_decode_binding::define(m);
+  fastlm::elementwise_binding::define(m);
+  fastlm::matmul_binding::define(m);
+  fastlm::norm_binding::define(m);
+  fastlm::greedy_binding::define(m);
+  fastlm::linear_binding::define(m);
+  fastlm::lstm_binding::define(m);
   fastlm::bind_program(m);
-  fastlm::bind_rotary(m);
-  fastlm::bind_sample(m);
-  fastlm::bind_softmax_loss(m);
+  fastlm::rotary_binding::define(m);
+  fastlm::sample_binding::define(m);
+  fastlm::softmax_loss_binding::define(m);
 }

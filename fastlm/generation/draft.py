@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-__all__ = ["Draft", "PromptLookup", "Rehearsal", "common"]
+__all__ = ["Draft", "DraftEnded", "PromptLookup", "Rehearsal", "common"]
 
 
 class Rehearsal(NamedTuple):
@@ -33,8 +33,12 @@ class Rehearsal(NamedTuple):
     seconds: float = 0.0
 
 
+class DraftEnded(Exception):
+    """There will be no more guesses for this text: it is longer than the draft can read."""
+
+
 class Draft(Protocol):
-    """What makes guesses for one row."""
+    """What makes guesses for one row. Both methods may raise `DraftEnded`."""
 
     def rehearse(self, ids: Sequence[int], prompt_length: int, count: int) -> Rehearsal:
         """What guessing `count` tokens at a time would have given in the text since the last rehearsal.

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastlm.generation.draft import Rehearsal, common
+from fastlm.generation.draft import DraftEnded, Rehearsal, common
 from fastlm.generation.engine import Engine
 from fastlm.generation.lanes import Lanes, Request, dense_bias
 from fastlm.generation.params import SamplingParams
@@ -82,9 +82,10 @@ class ModelDraft:
 
     def rehearse(self, ids: Sequence[int], prompt_length: int, count: int) -> Rehearsal:
         """What the model would have said at every place since, in one reading of the text's last part."""
+        self._expect_room(len(ids))
         start = max(self._rehearsed, prompt_length, len(ids) - self._REHEARSED[1])
         width = len(ids) - start
-        if width < self._REHEARSED[0] or (self._room is not None and len(ids) > self._room):
+        if width < self._REHEARSED[0]:
             return Rehearsal()
         self._rehearsed = len(ids)
         text = ids[-self._REHEARSAL :]
@@ -99,6 +100,10 @@ class ModelDraft:
             right += found
             at += found + 1
         return Rehearsal(width, rounds, right, seconds * (len(ids) - self._read) / len(text))
+
+    def _expect_room(self, tokens: int) -> None:
+        if self._room is not None and tokens > self._room:
+            raise DraftEnded
 
     def _drawn(self, text: Sequence[int], ids: Sequence[int], width: int) -> list[int]:
         """What it draws at the last `width` places of ids, having read their end `text`."""
@@ -118,8 +123,7 @@ class ModelDraft:
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
         """What the model would say next, as far as that is likely enough to be right."""
-        if self._room is not None and len(ids) + count > self._room:
-            return []
+        self._expect_room(len(ids) + count)
         count = min(count, self._worth_guessing(ids))
         self._rehearsed = self._read = len(ids)
         engine = self._engine

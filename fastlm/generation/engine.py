@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlm.generation.capture import Refused
-from fastlm.generation.draft import Draft, PromptLookup, common
+from fastlm.generation.draft import Draft, DraftEnded, PromptLookup, common
 from fastlm.generation.lanes import Request, dense_bias
 from fastlm.generation.params import SamplingParams, as_ids
 from fastlm.generation.recordings import Recording, Recordings
@@ -429,6 +429,7 @@ class Engine:
         count, left = request.params.draft_tokens, self._steps_left(request)
         room = self._max_length is None or len(request.ids) + count <= self._max_length
         if left < 2 or not room or self._recordings.why_not is not None:
+            request.guessing = False  # so that plain steps need not come one by one
             return []
         request.guessing = request.guessing and self._pace.goes_on(count)
         if not request.guessing and self._pace.waiting:
@@ -444,7 +445,7 @@ class Engine:
             else:
                 self._recordings.record(recording)
                 tokens = recording.lanes.tokens.tolist()
-        except (BadLogits, Refused):
+        except (BadLogits, DraftEnded, Refused):
             # The draft's logits, or those behind a wrong guess. If the text's own are no better, a plain step says so.
             request.draft = None
             self._state.lengths[request.slot] = len(request.ids) - 1

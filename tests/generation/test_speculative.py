@@ -307,6 +307,22 @@ def test_a_quantized_copy_shares_what_it_can(model: CausalLM) -> None:
         quantized_copy(model, "Q9")
 
 
+def test_a_text_longer_than_its_draft_can_read_goes_on_without_it(model: CausalLM) -> None:
+    params = SamplingParams.of(seed=3, max_new_tokens=60, draft_tokens=4, temperature=0.0)
+    small = quantized_copy(model, "Q8_0")
+    draft = ModelDraft(small, params, engine=ModelDraft.engine(small, 24))
+    decoder = Decoder(model, [[1, 2, 3]], params, draft=draft)
+    decoder._engine._pace = Always()
+    got: list[int] = []
+    at_once = []
+    while decoder.active:
+        found = decoder.step(8)
+        got += [token.id for token in found]
+        at_once.append(len(found))
+    assert got == [token for token, _, _ in _run(model, [1, 2, 3], max_new_tokens=60, temperature=0.0)]
+    assert 8 in at_once[:-1]  # where guesses might come any time, plain steps go one by one
+
+
 def _unreadable(model: CausalLM, token: int) -> CausalLM:
     """The model, but for a token that makes everything behind it NaN."""
     broken = copy.deepcopy(model)
