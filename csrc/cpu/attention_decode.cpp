@@ -19,7 +19,12 @@ namespace FASTLM_ISA {
 // what a task costs beside its keys would add up.
 static constexpr int kNarrow = 64, kMiddle = 128, kWide = 256;
 static constexpr int kMiddleFrom = 128, kWideFrom = 1024;  // positions
-static constexpr int kTogether = 4;      // queries that share one reading of a key or value
+// Queries that share one reading of a key or value: as many as have room for their sums in registers.
+#if defined(__x86_64__) && !defined(__AVX2__)
+static constexpr int kTogether = 2;
+#else
+static constexpr int kTogether = 4;
+#endif
 static constexpr int64_t kTokens = 32;   // new tokens per pass: bounds the scratch
 // Less work than this for each does not pay for a second thread that has to be woken, or for one of a team, awake already.
 static constexpr int64_t kBytesPerThread = 128 << 10, kBytesPerTeammate = 8 << 10;
@@ -384,11 +389,11 @@ static void run_task(const Pass& pass, Group<T>& prepared, int64_t b, int64_t kv
       partials[i] = pass.partial_of(b, head, token, chunk);
     }
     if (!known) prepared.keep(b * a.kv_heads + kv_head, start, count, static_cast<int>(a.dim));
-    switch (count) {
-      case 1: attend<1>(a, prepared, queries, base, keys, values, partials); break;
-      case 2: attend<2>(a, prepared, queries, base, keys, values, partials); break;
-      case 3: attend<3>(a, prepared, queries, base, keys, values, partials); break;
-      default: attend<4>(a, prepared, queries, base, keys, values, partials); break;
+    if (count == 1) attend<1>(a, prepared, queries, base, keys, values, partials);
+    if (count == 2) attend<2>(a, prepared, queries, base, keys, values, partials);
+    if constexpr (kTogether > 2) {
+      if (count == 3) attend<3>(a, prepared, queries, base, keys, values, partials);
+      if (count == 4) attend<4>(a, prepared, queries, base, keys, values, partials);
     }
   }
 }

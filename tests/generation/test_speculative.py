@@ -12,7 +12,7 @@ from logits import mean_kl
 from tiny_models import VOCAB, gpt, llama, lstm, spread
 
 from fastlm.generation import Decoder, Engine, LanguageModel, SamplingParams
-from fastlm.generation.draft import Draft, PromptLookup, Rehearsal
+from fastlm.generation.draft import Draft, DraftEnded, PromptLookup, Rehearsal
 from fastlm.generation.draft_model import ModelDraft, quantized_copy
 from fastlm.generation.params import MOST_DRAFTS
 from fastlm.generation.speculative import Pace
@@ -267,7 +267,10 @@ def test_a_draft_says_what_its_model_would_wherever_the_text_goes(
         guesses = draft.propose(ids, count)
         assert guesses == fresh(ids, count)[: len(guesses)] and len(guesses) >= min(count, 3)
         ids = ids + guesses[:right] + [(guesses[right] + 1 if right < count else 7) % VOCAB, *range(2, more + 1)]
-    assert ModelDraft(model, params, engine=ModelDraft.engine(model, 10)).propose(list(range(8)), 3) == []
+    small = ModelDraft(model, params, engine=ModelDraft.engine(model, 10))
+    assert small.propose(list(range(7)), 3)
+    with pytest.raises(DraftEnded):
+        small.propose(list(range(8)), 3)
 
 
 def test_a_draft_that_is_often_wrong_guesses_less_at_a_time() -> None:
