@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlm.kernels import native
 from fastlm.kernels.cpu import greedy as kernel
 from fastlm.kernels.cpu import linear as linear_kernel
+from fastlm.ops.library import tracing
 from fastlm.ops.linear import linear
 from fastlm.ops.quantized import QuantizedTensor
 from fastlm.ops.registry import Implementation, Op, always
@@ -199,9 +200,11 @@ def _cpu_why_not(
 ) -> str | None:
     if screen is None:
         return "there is no screen"
+    if tracing():
+        return "torch is tracing, and sees nothing of the kernel"
     if screen.weight is not weight or screen.bias is not bias:
         return "the screen is of another weight"
-    if input.dtype != torch.float32 or not input.is_contiguous() or not input.is_cpu:
+    if type(input) is not Tensor or input.dtype != torch.float32 or not input.is_contiguous() or not input.is_cpu:
         return f"input is {input.dtype} on {input.device}{'' if input.is_contiguous() else ', not contiguous'}"
     if input.dim() != 3 or input.shape[1] > FEW_TOKENS:
         return "no step of decoding: the product may be by other kernels"
