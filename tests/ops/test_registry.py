@@ -137,5 +137,5 @@ def test_every_op_is_public_documented_and_known_to_torch() -> None:
         function = getattr(ops, name)
         assert name in ops.__all__
         assert "Raises:" in function.__doc__, name
-        # To torch.compile the first two are the custom op of attention; greedy, whose screen is no tensor, its reference.
+        # To torch.compile two are the custom op of attention, and greedy, whose screen is no tensor, its reference.
         assert hasattr(torch.ops.fastlm, name) or name in ("attention_lse", "attention_varlen", "greedy"), name
