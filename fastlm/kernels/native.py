@@ -20,6 +20,7 @@ __all__ = [
     "CUDA",
     "NativeModule",
     "empty",
+    "forked",
     "num_threads",
     "recording",
     "recording_on_device",
@@ -38,6 +39,11 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def forked() -> bool:
+    """Whether this process was forked from one that had loaded fastlm."""
+    return _forked
 
 
 def num_threads() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Parameter, functional
 
 from fastlm.kernels import native
 from fastlm.kernels.cpu import linear as kernel
@@ -95,6 +95,9 @@ def _cpu_why_not(input: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor |
         return "the weight's bytes lie as GPUs read them"
     if input.dtype not in _NARROW:
         return f"input is {input.dtype}"
+    for tensor in (input, dense, bias):
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return f"a {type(tensor).__name__}: the kernel reads the memory of plain tensors"
     if dense is not None and (dense.dtype not in _NARROW or not dense.is_contiguous()):
         return f"weight is {dense.dtype}{'' if dense.is_contiguous() else ', not contiguous'}"
     if needs_grad(input, bias, dense):

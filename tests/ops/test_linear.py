@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close_to_reference
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlm import ops
 from fastlm.kernels import native
@@ -400,3 +401,10 @@ def test_a_float_weight_of_a_file_may_lie_anywhere() -> None:
     data[2:] = values.view(torch.uint8).flatten()
     weight = QuantizedTensor(data[2:].view(256, -1), "F32", (256, 256))
     torch.testing.assert_close(ops.linear(x, weight), ops.linear(x, values), rtol=1e-5, atol=1e-4)
+
+
+def test_fake_tensors_are_left_to_torch() -> None:
+    """Outside their mode too: they have no memory for a kernel to read."""
+    fake = FakeTensorMode().from_tensor(torch.randn(2, 50))
+    with torch.no_grad(), pytest.raises(AssertionError, match="FakeTensor"):
+        ops.linear(fake, torch.ones(50, 50))

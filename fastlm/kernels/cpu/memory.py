@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import os
 import sys
 import threading
 from collections.abc import Iterable
@@ -13,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+
+from fastlm.kernels import native
 
 __all__ = ["CPU", "collapse", "in_huge_pages", "take"]
 
@@ -57,16 +58,6 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
 
 
 _COLLAPSE = 25  # MADV_COLLAPSE, Linux 6.1 and later
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _huge_pages_forbidden() -> bool:
@@ -86,7 +77,7 @@ def collapse(tensors: Iterable[Tensor]) -> None:
     Where it can't (another system, too few free pages, a mapped file), or the administrator wants none, all stays as it
     is; as in a forked process, which would get a copy of what it shares with the others. Takes as long as copying.
     """
-    if sys.platform != "linux" or _forked or _huge_pages_forbidden():
+    if sys.platform != "linux" or native.forked() or _huge_pages_forbidden():
         return
     page, spans = mmap.PAGESIZE, list[list[int]]()
     for start, end in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.is_cpu and t.nbytes):
