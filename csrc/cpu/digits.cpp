@@ -23,7 +23,7 @@ int64_t blocks_of(int64_t n, int64_t gates) {  // of 16 columns
   return gates != 0 ? panels_for(n / gates, kLanes) * gates : panels_for(n, kPanel) * 4;
 }
 
-// Of 16 columns, without their norms.
+// Of 16 columns.
 int64_t block_bytes(int64_t k, int64_t groups) {
   return groups == 0 ? parts_bytes(k) : digit_column_block(padded_depth(k, groups));
 }
@@ -95,10 +95,11 @@ FASTLM_INLINE void column_scales(vi largest, vf& scale, vf& unit) {
   }
 }
 
-// One block of 16 columns: their units, then their tiles. Gives their norms.
-vf pack_block(const Columns& columns, uint8_t* to) {
+// One block of 16 columns: their units, then their tiles.
+DigitColumns pack_block(const Columns& columns, uint8_t* to) {
+  const vi largest = columns.largest();
   vf scale, unit, squares{};
-  column_scales(columns.largest(), scale, unit);
+  column_scales(largest, scale, unit);
   store(reinterpret_cast<float*>(to), unit * 65536.0f);  // what the three sums are multiples of
   to += kTileHeight * sizeof(float);
   const int64_t depth = padded_depth(columns.k, columns.groups);
@@ -114,7 +115,7 @@ vf pack_block(const Columns& columns, uint8_t* to) {
         std::memcpy(tile + digit * kTileBytes + word * 64, &words[digit], sizeof(vi));
     }
   }
-  return sqrt(squares);
+  return {reduce_max(sqrt(squares)), float_of(static_cast<uint32_t>(largest_of(largest)))};
 }
 
 // The same block as bfloat16 parts.
@@ -233,8 +234,8 @@ void digit_matmul(const DigitMatmul& x) {
 }
 
 int64_t packed_digits_size(int64_t k, int64_t n, int64_t gates, int64_t k_groups) {
-  const int64_t norm_bytes = k_groups == 0 ? 0 : kTileHeight * static_cast<int64_t>(sizeof(float));
-  return blocks_of(n, gates) * (block_bytes(k, k_groups) + norm_bytes);
+  const auto summary = static_cast<int64_t>(sizeof(DigitColumns));
+  return blocks_of(n, gates) * block_bytes(k, k_groups) + (k_groups == 0 ? 0 : summary);
 }
 
 int64_t inputs_in_digits(const InputsInDigits& a) {
@@ -314,19 +315,25 @@ void pack_digits(const PackDigits& a) {
   const int64_t units = a.gates != 0 ? a.n / a.gates : a.n, vectors = a.gates != 0 ? a.gates : 4;
   const int64_t blocks = blocks_of(a.n, a.gates);
   const int64_t bytes = block_bytes(a.k, a.k_groups);
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1)
+  uint8_t* const to = static_cast<uint8_t*>(a.packed);
+  float norm = 0, most = 0;
+#pragma omp parallel for reduction(max : norm, most) num_threads(a.threads) if (a.threads > 1)
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t panel = block / vectors, v = block % vectors;
     const int64_t first = a.gates != 0 ? panel * kLanes : block * kLanes, left = units - first;
     const float* const source = a.source + (first + (a.gates != 0 ? v * units : 0)) * a.stride_n;
     const int valid = static_cast<int>(left < 0 ? 0 : left < kLanes ? left : kLanes);
-    uint8_t* const to = static_cast<uint8_t*>(a.packed);
-    if (a.k_groups == 0)
+    if (a.k_groups == 0) {
       pack_parts({source, a.k, 1, a.stride_k, a.stride_n, valid}, reinterpret_cast<uint32_t*>(to + block * bytes));
-    else
-      store(reinterpret_cast<float*>(to + blocks * bytes) + block * kTileHeight,
-            pack_block({source, a.k, a.k_groups, a.stride_k, a.stride_n, valid}, to + block * bytes));
+      continue;
+    }
+    const DigitColumns of = pack_block({source, a.k, a.k_groups, a.stride_k, a.stride_n, valid}, to + block * bytes);
+    norm = of.norm > norm ? of.norm : norm;
+    most = of.most > most ? of.most : most;
   }
+  if (a.k_groups == 0) return;
+  const DigitColumns all = {norm, most};
+  std::memcpy(to + blocks * bytes, &all, sizeof(all));
 #else
   (void)a;
 #endif

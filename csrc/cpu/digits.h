@@ -13,9 +13,9 @@
 //
 // Layouts, steps = ceil(k / 64), a tile being 1 KB: rows [row / 16][steps][3 digits][16 rows][64 of k], or up to five
 // rows, `few`, [steps][row][3 digits][64 of k] in the first rows of one tile each; packed weights
-// [panels][V](16 units as floats, then [steps][3 digits][16 words][16 columns][4 of k]). All digits of few rows in one
-// tile need a product for each tile of weights, in place of six for three: what is left is to load the weights. The sums
-// are the same integers, so which layout is used changes no bit.
+// [panels][V](16 units as floats, then [steps][3 digits][16 words][16 columns][4 of k]), and at last DigitColumns. All
+// digits of few rows in one tile need a product for each tile of weights, in place of six for three: what is left is to
+// load the weights. The sums are the same integers, so which layout is used changes no bit.
 #pragma once
 
 #include "gemm_panel.h"
@@ -32,6 +32,11 @@ FASTLM_INLINE int64_t digit_steps(int64_t k) { return panels_for(k, kTileDepth);
 FASTLM_INLINE int64_t digit_strip(int64_t k) { return digit_steps(k) * kDigits * kTileBytes; }
 FASTLM_INLINE int64_t digit_column_block(int64_t k) { return digit_strip(k) + kTileHeight * static_cast<int64_t>(sizeof(float)); }
 FASTLM_INLINE int64_t digit_rows_bytes(int64_t rows, int64_t k) { return panels_for(rows, kTileHeight) * digit_strip(k); }
+
+// Of all columns of packed weights, the largest Euclidean norm and the largest number.
+struct alignas(64) DigitColumns {
+  float norm = 0, most = 0;
+};
 
 // Rows of digits, and for each the number that its integers are multiples of.
 struct DigitRows {

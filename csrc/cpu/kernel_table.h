@@ -78,6 +78,7 @@
   X(void, variant_backward, (const VariantBackward& a), (a))                        \
   X(int64_t, variant_backward_scratch, (const VariantBackward& a), (a))             \
   X(void, lstm_cell, (const LstmCell& a), (a))                                      \
+  X(int64_t, lstm_cell_scratch, (const LstmCell& a), (a))                           \
   X(void, recurrent_forward, (const RecurrentForward& a), (a))                      \
   X(int64_t, recurrent_forward_scratch, (const RecurrentForward& a), (a))           \
   X(void, recurrent_backward, (const RecurrentBackward& a), (a))                    \

@@ -313,6 +313,13 @@ void lstm_backward(const LstmBackward& args) {
   parallel(layer.threads(), [&](int thread, int threads, Barrier& barrier) { layer.run(thread, threads, barrier); });
 }
 
+// One hidden-unit panel of one row, whose first unit is number `cell` of all: its next states.
+FASTLM_INLINE void put_cell(const LstmCell& a, float* gates, int64_t cell, int n) {
+  const vf h = update(gates, a.c + cell, a.c_out + cell, n);
+  store_lanes(a.h_out + cell, h, n);
+  if (a.output != nullptr) store_lanes(a.output + cell, h, n);
+}
+
 template <typename W>
 static void cell_as(const LstmCell& a) {
   constexpr int64_t kCellRows = 48;  // rows at a time: their gates stay in the level-1 cache
@@ -331,18 +338,69 @@ static void cell_as(const LstmCell& a) {
         fill_bias(gates, a.bias + u * kPanel, rows);
         panel_product({a.input + low * a.inputs, nullptr, rows, a.inputs}, rows, w_ih, a.inputs, gates, kPanel);
         panel_product({a.h + low * a.hidden, nullptr, rows, a.hidden}, rows, w_hh, a.hidden, gates, kPanel);
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t cell = (low + i) * a.hidden + at;
-          const vf h = update(gates + i * kPanel, a.c + cell, a.c_out + cell, n);
-          store_lanes(a.h_out + cell, h, n);
-          if (a.output != nullptr) store_lanes(a.output + cell, h, n);
-        }
+        for (int64_t i = 0; i < rows; ++i) put_cell(a, gates + i * kPanel, (low + i) * a.hidden + at, n);
       }
     });
   });
 }
 
-void lstm_cell(const LstmCell& a) { a.bfloat ? cell_as<uint16_t>(a) : cell_as<float>(a); }
+// One step in digits, panel by panel through both weights as the one in floats.
+class DigitCell {
+ public:
+  explicit DigitCell(const LstmCell& args) : a(args), panels_(panels_for(a.hidden, kLanes)) {
+    float* scratch = a.scratch;
+    inputs_ = InputRows(scratch, a.batch, a.inputs, a.w_ih, a.w_ih_parts, panels_ * 4);
+    states_ = StateDigits(scratch, a.batch, a.hidden, a.h);
+    gates_ = take_floats(scratch, a.threads * a.batch * kPanel);
+    scratch_ = scratch - a.scratch;
+  }
+
+  int64_t scratch() const { return scratch_; }
+  int threads() const { return useful_threads(a.threads, a.batch * 4 * a.hidden * (a.inputs + a.hidden), panels_); }
+
+  void run(int thread, int threads, Barrier& barrier) {
+    const Range own = share(panels_, thread, threads);
+    const Walk step(&a.batch, 1, a.batch, false);
+    const uint8_t* const w_hh = static_cast<const uint8_t*>(a.w_hh);
+    float* const gates = gates_ + thread * a.batch * kPanel;
+    DigitTiles tiles;
+    InputRows inputs = inputs_;
+    inputs.begin();
+    inputs.put(a.input, a.batch, thread, threads, barrier);
+    states_.begin(step, own, thread, threads, barrier);
+    static thread_local bool back = false;  // from one step to the next: most often they use the same weights
+    sweep(own, back, [&](int64_t u) {
+      inputs.product<4, 3>(a.batch, {u, u + 1}, a.bias, tiles, [&](int64_t) { return gates; });
+      tiles.set_rows(a.batch, states_.few());
+      states_.product<4, 3>(step, 0, w_hh + u * 4 * digit_column_block(a.hidden), gates);
+      const int64_t at = u * kLanes;
+      for (int64_t i = 0; i < a.batch; ++i) put_cell(a, gates + i * kPanel, i * a.hidden + at, lanes_left(a.hidden, at));
+    });
+  }
+
+ private:
+  const LstmCell& a;
+  int64_t panels_, scratch_;
+  InputRows inputs_;
+  StateDigits states_;
+  float* gates_;  // [threads][B][4][L]
+};
+
+int64_t lstm_cell_scratch(const LstmCell& a) {
+  if constexpr (kHasDigits)
+    if (a.digits) return DigitCell(a).scratch();
+  return 0;
+}
+
+void lstm_cell(const LstmCell& a) {
+  if constexpr (kHasDigits)
+    if (a.digits) {
+      DigitCell cell(a);
+      return parallel(cell.threads(),
+                      [&](int thread, int threads, Barrier& barrier) { cell.run(thread, threads, barrier); });
+    }
+  a.bfloat ? cell_as<uint16_t>(a) : cell_as<float>(a);
+}
 
 }  // namespace FASTLM_ISA
 }  // namespace fastlm

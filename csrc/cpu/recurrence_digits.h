@@ -98,15 +98,8 @@ class RowErrors {
  public:
   RowErrors() = default;
   RowErrors(const void* weights, int64_t k, int64_t blocks, bool normalised) : k_(k), normalised_(normalised) {
-    const uint8_t* const units = static_cast<const uint8_t*>(weights);
-    const float* const norms = reinterpret_cast<const float*>(units + blocks * digit_column_block(k));
-    vf norm{}, unit{};
-    for (int64_t block = 0; block < blocks; ++block) {
-      norm = max(load(norms + block * kTileHeight), norm);
-      unit = max(load(reinterpret_cast<const float*>(units + block * digit_column_block(k))), unit);
-    }
-    norm_ = reduce_max(norm);
-    most_ = reduce_max(unit) * (kMost / 65536.0f);
+    const uint8_t* const end = static_cast<const uint8_t*>(weights) + blocks * digit_column_block(k);
+    std::memcpy(&columns_, end, sizeof(columns_));
   }
 
   bool few(const float* x) const {
@@ -118,8 +111,8 @@ class RowErrors {
     const float most = float_of(static_cast<uint32_t>(largest_magnitude(x, k_)));  // NaN if there is one
     const float length = __builtin_sqrtf(reduce_add(squares));
     // In units of 2^-24: at most what rounding the row, and the weights, can add up to, if the errors' signs are random.
-    const float error = most * norm_ + length * most_;
-    const float size = normalised_ ? length * norm_ / __builtin_sqrtf(static_cast<float>(k_)) : 1.0f;
+    const float error = most * columns_.norm + length * columns_.most;
+    const float size = normalised_ ? length * columns_.norm / __builtin_sqrtf(static_cast<float>(k_)) : 1.0f;
     return k_ <= kMostDepth && error <= kMostError * size;
   }
 
@@ -128,7 +121,7 @@ class RowErrors {
   static constexpr int64_t kMostDepth = 40000;  // three products of digits, 2^14 at most, of so many fit 32 bits
   int64_t k_ = 0;
   bool normalised_ = false;
-  float norm_ = 0, most_ = 0;  // of a column of the weights, the largest
+  DigitColumns columns_;
 };
 
 // Rows of input, of a chunk at a time: in digits where their errors are few; else, if only by one feature much larger than
@@ -142,7 +135,7 @@ class InputRows {
       : k_(k), blocks_(blocks), normalised_(normalised), weights_(static_cast<const uint8_t*>(weights)),
         parts_weights_(parts_weights) {
     if (parts_weights != nullptr) parts_ = InputParts(memory, rows, k);
-    digits_ = {take_bytes(memory, digit_rows_bytes(rows, k)), k};
+    digits_ = {take_bytes(memory, digit_rows_bytes(rows, k)), k, rows <= kFewRows};
     units_ = take_floats(memory, rows);
     wide_ = reinterpret_cast<int32_t*>(take_floats(memory, rows));
   }
@@ -174,7 +167,7 @@ class InputRows {
   // A chunk's rows times some panels, and the panels' bias, to out(panel). Takes the tile registers.
   template <int V, int Last, typename Out>
   void product(int64_t rows, Range panels, const float* bias, DigitTiles& tiles, const Out& out) const {
-    tiles.set_rows(rows);
+    tiles.set_rows(rows, digits_.few);
     for (int64_t u = panels.begin; u < panels.end; ++u) {
       if (wide_rows_ == rows || V < 4) fill_bias(out(u), bias + u * kPanel, rows);
       if (wide_rows_ < rows)
@@ -200,7 +193,7 @@ class InputRows {
 };
 
 // h of all rows before a step and, while that step writes them, before the next one; a step's `turn` says which. They
-// are taken to be in -1..1, but for the first ones, h0.
+// are taken to be in -1..1, but for rows of the first ones, h0, that are not.
 class StateDigits {
  public:
   StateDigits() = default;
@@ -217,7 +210,9 @@ class StateDigits {
     const Range rows = share(batch_, thread, threads);
     constexpr int32_t kOne = 0x3f800000;  // bits of 1
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const DigitScale later = digit_scale(kOne), at_first = digit_scale(largest_magnitude(h0_ + i * k_, k_));
+      const int32_t largest = largest_magnitude(h0_ + i * k_, k_);
+      // As states, unless larger: a sequence in pieces has the bits of the whole.
+      const DigitScale later = digit_scale(kOne), at_first = digit_scale(largest > kOne ? largest : kOne);
       scales_[i] = later.scale;
       units_[0][i] = units_[1][i] = later.unit;
       first_scales_[i] = at_first.scale;

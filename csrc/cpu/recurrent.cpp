@@ -98,21 +98,29 @@ class Layer {
 
   void run(int thread, int threads, Barrier& barrier) {
     const Range own = share(panels_, thread, threads);
-    if (!kDigits && a.steps == 1) {  // both products panel by panel: from one call to the next most often with the same weights
+    DigitTiles tiles;
+    const Walk first(a.batch_sizes, a.steps, total_, a.reverse);
+    const Range own_units = {own.begin * Cell::kUnits, own.end * Cell::kUnits};
+    const Range own_vectors = {own_units.begin / kLanes, own_units.end / kLanes};
+    InputRows input_rows = input_rows_;
+    if (kDigits) input_rows.begin();
+    if (kShared) states_.begin(first, own_vectors, thread, threads, barrier);
+    if (a.steps == 1) {  // both products panel by panel: from one call to the next most often with the same weights
       static thread_local bool back = false;
-      const Walk step(a.batch_sizes, a.steps, total_, a.reverse);
+      if (kDigits) input_rows.put(a.input, total_, thread, threads, barrier);
+      if (kScaled) scaled_.put({nullptr, a.h0, 0, a.hidden}, total_, own_units, thread, threads, barrier);
       return sweep(own, back, [&](int64_t u) {
-        input_panel(u, 0, total_);
-        hidden_panel(step, u, 0, 0, thread);
+        if constexpr (kDigits)
+          input_rows.template product<Cell::kVectors, Cell::kInputLast>(total_, {u, u + 1}, a.bias, tiles,
+                                                                        [&](int64_t) { return sums(u, 0, 0); });
+        else
+          input_panel(u, 0, total_);
+        if (kDigits) tiles.set_rows(total_, few());
+        hidden_panel(first, u, 0, 0, thread);
       });
     }
     bool back = false;
     int turn = 0;
-    DigitTiles tiles;
-    const Range own_vectors = {own.begin * Cell::kUnits / kLanes, own.end * Cell::kUnits / kLanes};
-    InputRows input_rows = input_rows_;
-    if (kDigits) input_rows.begin();
-    if (kShared) states_.begin(Walk(a.batch_sizes, a.steps, total_, a.reverse), own_vectors, thread, threads, barrier);
     const auto inputs = [&](int64_t low, int64_t high) {
       if (kDigits) input_rows.put(a.input + low * a.inputs, high - low, thread, threads, barrier);
       if constexpr (kDigits)
@@ -123,9 +131,8 @@ class Layer {
     };
     const auto take = [&](const Walk& step, int64_t low) {
       if (kScaled)
-        scaled_.put(state_before(step, a.output, a.h0, a.hidden), step.rows(),
-                    {own.begin * Cell::kUnits, own.end * Cell::kUnits}, thread, threads, barrier);
-      if (kDigits) tiles.set_rows(step.rows(), kScaled ? scaled_.few() : states_.few());
+        scaled_.put(state_before(step, a.output, a.h0, a.hidden), step.rows(), own_units, thread, threads, barrier);
+      if (kDigits) tiles.set_rows(step.rows(), few());
       sweep(own, back, [&](int64_t u) { hidden_panel(step, u, low, turn, thread); });
       turn ^= 1;
       if (kShared) states_.join(turn, step.rows(), step.rows_after(), own_vectors);
@@ -135,6 +142,8 @@ class Layer {
   }
 
  private:
+  bool few() const { return kScaled ? scaled_.few() : states_.few(); }
+
   // Of the row `row`, in the chunk that begins with the row `low`.
   float* sums(int64_t u, int64_t row, int64_t low) const {
     return sums_ + (u * gate_rows_ + row - (save_ ? 0 : low)) * kPanel;

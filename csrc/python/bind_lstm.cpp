@@ -1,4 +1,5 @@
 #include "bindings.h"
+#include "lstm_step.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -82,30 +83,6 @@ void multiply_in_digits(address a, int64_t a_stride, bool a_across, address b, i
   digit_matmul(x);
 }
 
-// A few values spread over each of some float arrays, to tell whether they are still what was packed, and for this
-// instruction-set level. `unchanged` may be called only while the arrays are known to be where they were.
-class Samples {
- public:
-  explicit Samples(const std::vector<std::pair<address, int64_t>>& spans) {
-    constexpr int64_t kSamples = 4;  // each is most likely a cache miss, at every use of a packed weight
-    for (const auto& [start, count] : spans)
-      for (int64_t i = 0; i < kSamples && count > 0; ++i)
-        places_.push_back(pointer<const uint32_t>(start) + (count - 1) * i / (kSamples - 1));
-    hash_ = hash();
-  }
-  bool unchanged() const { return hash() == hash_; }
-
- private:
-  uint64_t hash() const {
-    for (const uint32_t* place : places_) __builtin_prefetch(place);  // all misses at once
-    uint64_t hash = 1469598103934665603u ^ static_cast<uint64_t>(simd_lanes());  // FNV-1a
-    for (const uint32_t* place : places_) hash = (hash ^ *place) * 1099511628211u;
-    return hash;
-  }
-  std::vector<const uint32_t*> places_;
-  uint64_t hash_;
-};
-
 void forward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t batch, int64_t inputs, int64_t hidden,
              int64_t outputs, bool reverse, bool bfloat, address input, address w_ih, address w_hh, address bias,
              address w_hr, address h0, address c0, address output, address h_n, address c_n, address gates,
@@ -146,13 +123,15 @@ void backward(const std::vector<int64_t>& batch_sizes, int64_t rows, int64_t bat
   lstm_backward(args);
 }
 
-void cell(int64_t batch, int64_t inputs, int64_t hidden, bool bfloat, address input, address h, address c,
-          address w_ih, address w_hh, address bias, address h_out, address c_out, address output, int threads) {
+bool cell(int64_t batch, int64_t inputs, int64_t hidden, bool bfloat, address input, address h, address c,
+          address w_ih, address w_hh, address bias, address h_out, address c_out, address output, int threads,
+          bool digits, address w_ih_parts) {
   check(batch >= 1 && inputs >= 1 && hidden >= 1, "lstm_cell: sizes must be positive");
-  launch(&lstm_cell, {batch, inputs, hidden, pointer<const float>(input), pointer<const float>(h),
-                      pointer<const float>(c), bfloat, pointer<const void>(w_ih), pointer<const void>(w_hh),
-                      pointer<const float>(bias), pointer<float>(h_out), pointer<float>(c_out), pointer<float>(output),
-                      threads});
+  check(!digits || (!bfloat && digit_tiles()), "lstm_cell: these weights cannot come as digits");
+  return run_cell({batch, inputs, hidden, pointer<const float>(input), pointer<const float>(h), pointer<const float>(c),
+                   bfloat, pointer<const void>(w_ih), pointer<const void>(w_hh), pointer<const float>(bias),
+                   pointer<float>(h_out), pointer<float>(c_out), pointer<float>(output), threads, digits,
+                   pointer<const void>(w_ih_parts)});
 }
 
 // The tensors of a variant, by the names of the native structures' members; those not given are null.
@@ -297,6 +276,8 @@ void define(py::module_& m) {
   m.def("lstm_forward", &forward);
   m.def("lstm_backward", &backward);
   m.def("lstm_cell", &cell);
+  m.def("lstm_step", &lstm_step);
+  m.def("lstm_step_begin", &begin_step);
   m.def("variant_forward", &run_variant_forward);
   m.def("variant_backward", &run_variant_backward);
   py::enum_<RecurrentCell>(m, "RecurrentCell")

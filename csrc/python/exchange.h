@@ -44,6 +44,18 @@ struct Exchange {
     return false;
   }
 };
+// Whether it is float32 on the CPU, without gaps and in order.
+inline bool plain_floats(const TensorView& view) {
+  if (view.device_type != 1 || view.dtype_code != 2 || view.dtype_bits != 32 || view.dtype_lanes != 1) return false;
+  int64_t stride = 1;
+  for (int i = view.dims; i-- > 0; stride *= view.shape[i])
+    if (view.shape[i] != 1 && view.strides[i] != stride) return false;
+  return true;
+}
+inline float* floats(const TensorView& view) {
+  return reinterpret_cast<float*>(static_cast<char*>(view.data) + view.byte_offset);
+}
+
 inline Exchange& exchange() {
   static Exchange instance;
   return instance;

@@ -325,6 +325,32 @@ FASTLM_TEST(lstm_cell_gives_the_bits_of_the_layer) {
     }
 }
 
+// With rows that are parts, with none, and with states beyond 1.
+FASTLM_TEST(lstm_cell_in_digits_gives_the_bits_of_the_layer) {
+  if (!fastlm::digit_tiles()) return;
+  for (int64_t hidden : {1, 16, 45, 160})
+    for (int64_t batch : {1, 3, 5, 6, 40})
+      for (int64_t every : {0, 1, 3}) {
+        Layer l = make_layer(33, hidden, 0, {batch}, false);
+        for (int64_t row = 0; every != 0 && row < batch; row += every) l.input[row * 33 + 2] = 400.0f;
+        if (every == 3) l.h0[0] = 20.0f;
+        const Native layer = forward(l, false, 2, true);
+        const Aligned ih = digits(l.w_ih, 33, 4 * hidden, 1, 33, 4, 1), parts = digits(l.w_ih, 33, 4 * hidden, 1, 33, 4, 0),
+                      hh = digits(l.w_hh, hidden, 4 * hidden, 1, hidden, 4, 1);
+        const Floats bias = packed(l.bias, 1, 4 * hidden, 0, 1, 4);
+        for (int threads : {1, 2, 3}) {
+          Floats h = unwritten(batch * hidden), c = l.c0, output = unwritten(batch * hidden);
+          fastlm::LstmCell args = {batch, 33, hidden, l.input.data(), l.h0.data(), c.data(), false, ih.data, hh.data,
+                                   bias.data(), h.data(), c.data(), output.data(), threads, true,
+                                   every == 0 ? nullptr : parts.data};
+          const Aligned scratch(fastlm::lstm_cell_scratch(args) * sizeof(float));
+          args.scratch = reinterpret_cast<float*>(scratch.data);
+          fastlm::lstm_cell(args);
+          CHECK(same(h, layer.h_n) && same(c, layer.c_n) && same(output, layer.h_n));
+        }
+      }
+}
+
 // Of bfloat16 weights the bits of their float values; odd k ends in half a word.
 FASTLM_TEST(lstm_cell_takes_bfloat_weights) {
   const auto packed_bfloat = [](const std::vector<uint16_t>& source, int64_t k, int64_t n) {

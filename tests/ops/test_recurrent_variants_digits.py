@@ -35,13 +35,13 @@ def case_of(op: str, **options: Any) -> Case:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each forward pass chose digits."""
     answers: list[bool] = []
-    right = kernel.lstm.in_digits
+    right = kernel.recurrent_digits.in_digits
 
     def in_digits(*args: Any) -> bool:
         answers.append(right(*args))
         return answers[-1]
 
-    monkeypatch.setattr(kernel.lstm, "in_digits", in_digits)
+    monkeypatch.setattr(kernel.recurrent_digits, "in_digits", in_digits)
     return answers
 
 
@@ -190,7 +190,8 @@ def test_the_comparison_refuses_a_lost_digit(op: str, fault: str, monkeypatch: p
             lambda weights, *rest: right([weights[0], _two_digits(weights[1], 1), *weights[2:]], *rest),
         )
     else:
-        columns = kernel.lstm.columns_in_digits(3 if op == "gru_variant" else 4)
-        monkeypatch.setattr(kernel.lstm, "columns_in_digits", lambda _: lambda weight: columns(_two_digits(weight, 0)))
+        module = kernel.recurrent_digits
+        columns = module.columns_in_digits(3 if op == "gru_variant" else 4)
+        monkeypatch.setattr(module, "columns_in_digits", lambda _: lambda weight: columns(_two_digits(weight, 0)))
     with ops.backend("cpu"), pytest.raises(AssertionError):
         compare(case, CPU)

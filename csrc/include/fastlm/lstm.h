@@ -71,7 +71,7 @@ struct LstmBackward {
 void lstm_backward(const LstmBackward& args);
 int64_t lstm_backward_scratch(const LstmBackward& args);  // of addresses, looks at those of batch_sizes and w_hr
 
-// One step of a batch, without projection. Gives the same bits as lstm_forward.
+// One step of a batch, without projection. Gives the same bits as lstm_forward, floats or digits.
 struct LstmCell {
   int64_t batch, inputs, hidden;
   const float* input;  // [B, I]
@@ -85,7 +85,11 @@ struct LstmCell {
   float* c_out;  // [B, H] out; may be c
   float* output;  // [B, H] out: h_out once more, in memory of its own, or null
   int threads;
+  bool digits = false;  // as lstm_forward's
+  const void* w_ih_parts = nullptr;
+  float* scratch = nullptr;  // lstm_cell_scratch(args) floats, aligned to 64 bytes
 };
 void lstm_cell(const LstmCell& args);
+int64_t lstm_cell_scratch(const LstmCell& args);  // of addresses, looks at that of w_ih_parts
 
 }  // namespace fastlm

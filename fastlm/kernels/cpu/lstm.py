@@ -6,22 +6,30 @@ Everything is float32 on the CPU, but the weights may be bfloat16; tensors need 
 g, o, as in torch.
 
 The forward pass is ours throughout, input projection included, so that a row's result never depends on the other
-rows, the length of the sequence or the thread count; but see `in_digits`. Of the gradients the recurrence is ours;
-those of the weights and of the input are one matrix product each over all steps.
+rows, the length of the sequence or the thread count. Of the gradients the recurrence is ours; those of the weights and
+of the input are one matrix product each over all steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu import matmul
-from fastlm.kernels.packing import cached, digit_tiles, find, pack, pack_digits
+from fastlm.kernels.cpu.recurrent_digits import (
+    bounded,
+    columns_in_digits,
+    gradients_in_digits,
+    in_digits,
+    in_parts,
+    pack_columns,
+    parts_of_inputs,
+    product,
+)
+from fastlm.kernels.packing import cached, find, pack, pack_digits, remembered
 
 __all__ = [
     "Gradients",
@@ -45,6 +53,7 @@ class _Packed(NamedTuple):
     addresses: tuple[int, int, int]
     """Of w_ih, w_hh and bias."""
     bfloat: bool
+    digits: bool
 
 
 class Saved(NamedTuple):
@@ -80,7 +89,7 @@ def _pack(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, 
     projection = None if w_hr is None else pack(w_hr.t())
     rows, inputs = w_ih.shape
     ih, hh, bias = (tensor.data_ptr() for tensor in shared)
-    return _Packed(*shared, projection, inputs, rows // 4, (ih, hh, bias), w_ih.dtype is torch.bfloat16)
+    return _Packed(*shared, projection, inputs, rows // 4, (ih, hh, bias), w_ih.dtype is torch.bfloat16, False)
 
 
 def pack_in_digits(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> _Packed:
@@ -88,84 +97,7 @@ def pack_in_digits(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor
     floats = _pack_biases(w_ih, b_ih, b_hh)
     shared = pack_digits(w_ih.t(), gates=4), pack_digits(w_hh.t(), gates=4), floats
     ih, hh, bias = (tensor.data_ptr() for tensor in shared)
-    return _Packed(*shared, None, w_ih.shape[1], w_ih.shape[0] // 4, (ih, hh, bias), False)
-
-
-def parts_of_inputs(
-    input: Tensor, w_ih: Tensor, digits: Tensor, gates: int, *, save: bool, normalised: bool = False
-) -> Tensor | None:
-    """W_ih as parts (csrc/cpu/amx.h), for rows of inputs whose numbers are too unlike each other for digits.
-
-    None if no row is: before a backward pass, after which the weight will be another, looking takes less time than
-    packing.
-
-    Args:
-        input, w_ih: [N, I], contiguous; [GH, I].
-        digits: w_ih packed as digits, of so many gates, 0 of a plain RNN.
-        normalised: the products are.
-    """
-    module = native.CPU.require()
-    rows = input.data_ptr(), *input.shape, digits.data_ptr(), len(w_ih), gates, normalised
-    if save and module.inputs_in_digits(*rows, native.num_threads()):
-        return None
-    return cached("parts", (w_ih,), _IN_PARTS[gates])
-
-
-def _pack_parts(w_ih: Tensor, *, gates: int) -> Tensor:
-    return pack_digits(w_ih.t(), gates=gates, k_groups=0)
-
-
-_IN_PARTS = {gates: partial(_pack_parts, gates=gates) for gates in (0, 3, 4)}
-
-
-def in_digits(batch_sizes: Sequence[int], w_ih: Tensor, w_hh: Tensor) -> bool:
-    """Whether a sequence's products with W_hh are those of csrc/cpu/digits.h, on tiles of int8.
-
-    Those with W_ih are then as well, or, of some rows, those of csrc/cpu/amx.h: see `parts_of_inputs`.
-
-    A row's result in digits and in floats differ in their last bits, so this is for the call as a whole: whatever the
-    number and lengths, and as much for the last row left as for the first. Single steps, as in generation, are always
-    floats: packed they are there already, and read once. So is what digits are too coarse for: a weight far above its
-    row's others.
-    """
-    return (
-        len(batch_sizes) > 1
-        and digit_tiles()
-        and w_ih.dtype is w_hh.dtype is torch.float32
-        and len(w_hh) <= _MOST_DEPTH
-        and bool(cached("even", (w_hh,), _evenness) & _EVEN_ROWS)
-    )
-
-
-def gradients_in_digits(batch_sizes: Sequence[int], w_ih: Tensor, w_hh: Tensor) -> bool:
-    """The same of the products of gates' gradients with W_hh, for which its columns have to be even."""
-    return in_digits(batch_sizes, w_ih, w_hh) and bool(cached("even", (w_hh,), _evenness) & _EVEN_COLUMNS)
-
-
-_MOST_DEPTH = 40_000  # three products of digits, 2^14 at most, of so many numbers fit the sum's 32 bits
-
-
-_EVEN_ROWS, _EVEN_COLUMNS = 1, 2
-
-
-def _evenness(matrix: Tensor) -> int:
-    """Which of a matrix's sides are even: where no number is more than 7 times the root mean square of its row, or of
-    its column, rounding to 24 bits of the largest keeps as much of the others as a sum of floats does."""
-    matrix = matrix.detach().contiguous()
-    return int(native.CPU.require().evenness(matrix.data_ptr(), *matrix.shape, native.num_threads()))
-
-
-def columns_in_digits(gates: int) -> Callable[[Tensor], Tensor]:
-    """`pack_columns` for gradients as digits, of so many gates."""
-    return _COLUMNS_IN_DIGITS[gates]
-
-
-_COLUMNS_IN_DIGITS = {gates: partial(pack_digits, k_groups=gates) for gates in (1, 3, 4)}
-
-
-def pack_columns(weight: Tensor) -> Tensor:
-    """A weight as it is, for products with its rows' gradients; float32 of bfloat16."""
-    return pack(weight.detach().float())
+    return _Packed(*shared, None, w_ih.shape[1], w_ih.shape[0] // 4, (ih, hh, bias), False, True)
 
 
 def pack_layer(
@@ -174,6 +106,50 @@ def pack_layer(
     """The weights of a layer in one direction as the kernels want them, packed once."""
     biased = (w_ih, w_hh, b_ih, b_hh)
     return cached("lstm", biased if w_hr is None else (*biased, w_hr), _pack)
+
+
+class _Prepared:
+    """The weights of a layer without projection, as digits where `in_digits`."""
+
+    __slots__ = ("_begun", "_parts", "packed", "step")
+    step: Callable[..., tuple[Tensor, Tensor, Tensor | None] | None] | None
+    """csrc/python/lstm_step.h; None where native code cannot read these weights."""
+
+    def __init__(self, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> None:
+        biased = (w_ih, w_hh, b_ih, b_hh)
+        self._begun, self.step = _begin(biased), None
+        self._parts: Tensor | None = None
+        digits = in_digits(w_ih, w_hh)
+        self.packed = cached("lstm digits", biased, pack_in_digits) if digits else pack_layer(*biased)
+        self._make_step()
+
+    def parts(self, w_ih: Tensor) -> Tensor:
+        """W_ih as parts: some rows of inputs are not in digits."""
+        self._parts = parts = in_parts(w_ih, 4)
+        self._make_step()
+        return parts
+
+    def _make_step(self) -> None:
+        if self._begun is not None:
+            packed = self.packed
+            sizes = packed.inputs, packed.hidden
+            places = *packed.addresses, packed.digits, native.address(self._parts)
+            self.step = native.CPU.require().lstm_step(self._begun, *sizes, *places)
+
+
+def _begin(weights: Sequence[Tensor | None]) -> object | None:
+    """What native steps hold against the weights later; before these are packed."""
+    if not native.shows_tensors():
+        return None
+    try:
+        begun: object = native.CPU.require().lstm_step_begin(weights, torch.empty_like)
+    except ValueError:  # not float32, or not contiguous, or of a class of its own
+        return None
+    return begun
+
+
+def _prepare(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> _Prepared:
+    return cached("lstm prepared", (w_ih, w_hh, b_ih, b_hh), _Prepared)
 
 
 def layer_forward(
@@ -211,9 +187,9 @@ def layer_forward(
     rows, inputs = input.shape
     batch, outputs = h0.shape
     hidden = c0.shape[1]
-    digits = w_hr is None and in_digits(batch_sizes, w_ih, w_hh)
     biased = (w_ih, w_hh, b_ih, b_hh)
-    packed = cached("lstm digits", biased, pack_in_digits) if digits else pack_layer(*biased, w_hr)
+    packed = _prepare(*biased).packed if w_hr is None else pack_layer(*biased, w_hr)
+    digits = packed.digits
     input, h0, c0 = input.contiguous(), h0.contiguous(), c0.contiguous()
     parts = parts_of_inputs(input, w_ih, packed.w_ih, 4, save=save) if digits else None
     output, h_n, c_n = native.empty(rows, outputs), torch.empty_like(h0), torch.empty_like(c0)
@@ -278,7 +254,7 @@ def layer_backward(
     rows = input.shape[0]
     batch, outputs = h0.shape
     hidden = c0.shape[1]
-    digits = w_hr is None and gradients_in_digits(saved.batch_sizes, w_ih, w_hh)
+    digits = w_hr is None and gradients_in_digits(w_ih, w_hh)
     columns = (
         cached("columns of digits", (w_hh,), columns_in_digits(4))
         if digits
@@ -330,44 +306,6 @@ def layer_backward(
     )
 
 
-def bounded(h0: Tensor) -> bool:
-    """Whether first states are between -1 and 1, as later ones. Else they would decide the unit of their column of all
-    states, most far below 1: with h0 of a normal distribution W_hh's gradient had 5 times the error of torch's."""
-    return bool(h0.detach().abs().amax() <= 1)
-
-
-_WORTH_DIGITS = 256  # rows, and numbers in one, below which packing would take too much of it
-
-
-def product(left: Tensor, right: Tensor, *, digits: bool = False) -> Tensor:
-    """left @ right of float32 matrices, without autograd, in memory that is quick to touch (`native.empty`).
-
-    By `matmul.product` or, where `right` has states, which are between -1 and 1, in `digits`, if there are tiles for
-    them: twice as fast as torch's. The transpose of a contiguous `left` is taken as it lies.
-    """
-    (rows, depth), columns = left.shape, right.shape[1]
-    out = native.empty(rows, columns)
-    if not digits or min(rows, depth) < _WORTH_DIGITS or not digit_tiles():
-        return matmul.product(left.detach(), right.detach(), out=out)
-    across = left.stride(0) == 1 and left.stride(1) >= rows
-    if not across:
-        left = left.contiguous()
-    right = right.contiguous()
-    native.CPU.require().digit_matmul(
-        left.data_ptr(),
-        left.stride(1) if across else depth,
-        across,
-        right.data_ptr(),
-        columns,
-        out.data_ptr(),
-        rows,
-        columns,
-        depth,
-        native.num_threads(),
-    )
-    return out
-
-
 def cell(
     input: Tensor,
     h: Tensor,
@@ -378,8 +316,7 @@ def cell(
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One step for a batch: input [B, I], h and c [B, H] -> the next h and c. The same bits as `layer_forward`."""
-    packed = pack_layer(w_ih, w_hh, b_ih, b_hh)
-    return _cell(packed, input.contiguous(), h.contiguous(), c.contiguous(), None)
+    return _cell(_prepare(w_ih, w_hh, b_ih, b_hh), w_ih, input.contiguous(), h.contiguous(), c.contiguous(), None)
 
 
 def prepared_cell(
@@ -390,9 +327,17 @@ def prepared_cell(
     Also None unless input is [..., I], h and c [..., H], all plain, contiguous, of the weights' dtype and on the CPU.
     Of the weights (w_ih, w_hh, b_ih, b_hh) the packed ones prove as much.
     """
-    packed = find("lstm", weights)
-    if packed is None:
+    prepared = remembered("lstm prepared", weights)
+    if not isinstance(prepared, _Prepared):
         return None
+    if prepared.step is not None:
+        found = prepared.step(*weights, input, h, c, copy, native.num_threads())
+        if found is not None:
+            return found
+    if find("lstm prepared", weights) is None:
+        return None
+    packed, w_ih = prepared.packed, weights[0]
+    assert w_ih is not None
     dtype = torch.bfloat16 if packed.bfloat else torch.float32
     for tensor in (input, h, c):
         if not (type(tensor) is Tensor and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()):
@@ -402,16 +347,25 @@ def prepared_cell(
     if shape != c.shape or shape != (*batch, packed.hidden) or inputs != packed.inputs or input.numel() == 0:
         return None
     if packed.bfloat:
-        h, c = _cell(packed, input.float(), h.float(), c.float(), None)
+        h, c = _cell(prepared, w_ih, input.float(), h.float(), c.float(), None)
         h, c = h.to(dtype), c.to(dtype)
         return h, c, h.clone() if copy else None
     output = torch.empty_like(h) if copy else None
-    return *_cell(packed, input, h, c, output), output
+    return *_cell(prepared, w_ih, input, h, c, output), output
 
 
-def _cell(packed: _Packed, input: Tensor, h: Tensor, c: Tensor, output: Tensor | None) -> tuple[Tensor, Tensor]:
+def _cell(
+    prepared: _Prepared,
+    w_ih: Tensor,
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    output: Tensor | None,
+    parts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    packed = prepared.packed
     h_out, c_out = torch.empty_like(h), torch.empty_like(c)
-    native.CPU.require().lstm_cell(
+    done = native.CPU.require().lstm_cell(
         h.numel() // packed.hidden,
         packed.inputs,
         packed.hidden,
@@ -424,5 +378,9 @@ def _cell(packed: _Packed, input: Tensor, h: Tensor, c: Tensor, output: Tensor |
         c_out.data_ptr(),
         native.address(output),
         native.num_threads(),
+        packed.digits,
+        native.address(parts),
     )
-    return h_out, c_out
+    if done:
+        return h_out, c_out
+    return _cell(prepared, w_ih, input, h, c, output, prepared.parts(w_ih))

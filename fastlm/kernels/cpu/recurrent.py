@@ -1,8 +1,8 @@
 """The native GRU and plain RNN: one direction of one layer over a packed sequence, and its gradients.
 
 Packed sequences are those of `fastlm.kernels.cpu.lstm`. A row's result never depends on the other rows, on the steps
-taken in one call, or on the thread count; but see `lstm.in_digits`. float32 on the CPU, but the weights may be
-bfloat16; tensors need not be contiguous.
+taken in one call, or on the thread count. float32 on the CPU, but the weights may be bfloat16; tensors need not be
+contiguous.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu.lstm import (
+from fastlm.kernels.cpu.recurrent_digits import (
     bounded,
     columns_in_digits,
     gradients_in_digits,
@@ -91,7 +91,7 @@ def layer_forward(
     module = native.CPU.require()
     w_ih, w_hh, *_ = weights
     assert w_ih is not None and w_hh is not None
-    digits = cell != "relu" and in_digits(batch_sizes, w_ih, w_hh)  # a relu's states have no bound
+    digits = cell != "relu" and in_digits(w_ih, w_hh)  # a relu's states have no bound
     packed = cached("recurrent digits", weights, pack_in_digits) if digits else cached("recurrent", weights, pack_layer)
     input, h0 = input.contiguous(), h0.contiguous()
     gated = {"gru": 3}.get(cell, 0)
@@ -152,7 +152,7 @@ def layer_backward(
     of_x = of_h if gates is None else native.empty(rows, w_hh.shape[0])
     previous = native.empty(rows, hidden) if needs[3] else None
     grad_h0 = torch.empty_like(h0)
-    digits = gradients_in_digits(saved.batch_sizes, w_ih, w_hh)
+    digits = gradients_in_digits(w_ih, w_hh)
     in_which = columns_in_digits(w_hh.shape[0] // hidden) if digits else pack_columns
     columns = cached("columns of digits" if digits else "columns", (w_hh,), in_which)
     module.recurrent_backward(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastlm.kernels import native
-from fastlm.kernels.cpu import lstm, recurrent
-from fastlm.kernels.cpu.lstm import product
+from fastlm.kernels.cpu import lstm, recurrent, recurrent_digits
+from fastlm.kernels.cpu.recurrent_digits import bounded, product
 from fastlm.kernels.packing import cached, pack
 
 __all__ = ["Saved", "layer_backward", "layer_forward"]
@@ -50,7 +50,7 @@ def _wide(tensor: Tensor | None) -> Tensor | None:
 
 def _enough(batch_sizes: Sequence[int]) -> bool:
     """Whether a batch is large enough for digits."""
-    return batch_sizes[0] >= 8
+    return batch_sizes[0] >= 8 and len(batch_sizes) > 1
 
 
 def _packed(weights: Sequence[Tensor | None], gates: int, digits: bool) -> Any:
@@ -121,7 +121,7 @@ def layer_forward(
     w_ih, w_hh, *_ = weights
     wide = [_wide(weight) for weight in weights]
     assert wide[0] is not None and wide[1] is not None
-    digits = _enough(batch_sizes) and lstm.in_digits(batch_sizes, wide[0], wide[1])
+    digits = _enough(batch_sizes) and recurrent_digits.in_digits(wide[0], wide[1])
     packed = _packed(wide, gates, digits)
     tensors: dict[str, Tensor | None] = dict.fromkeys(_NAMES)
     tensors |= {"input": input.contiguous(), "w_ih": w_ih, "w_hh": w_hh}
@@ -148,7 +148,9 @@ def layer_forward(
     given = dict(zip(("w_ih", "w_hh", "bias"), packed, strict=False)) | dict(zip(("h_n", "c_n"), final, strict=False))
     if digits and (x := tensors["input"]) is not None:
         normed = norms[0] is not None
-        given["w_ih_parts"] = lstm.parts_of_inputs(x, wide[0], packed.w_ih, gates, save=save, normalised=normed)
+        given["w_ih_parts"] = recurrent_digits.parts_of_inputs(
+            x, wide[0], packed.w_ih, gates, save=save, normalised=normed
+        )
     module.variant_forward(
         gates,
         batch_sizes,
@@ -187,8 +189,8 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
     rows, (batch, hidden) = input.shape[0], h0.shape
     wide_ih, wide_hh = _wide(w_ih), _wide(w_hh)
     assert wide_ih is not None and wide_hh is not None
-    digits = _enough(saved.batch_sizes) and lstm.gradients_in_digits(saved.batch_sizes, wide_ih, wide_hh)
-    in_which = lstm.columns_in_digits(gates) if digits else lstm.pack_columns
+    digits = _enough(saved.batch_sizes) and recurrent_digits.gradients_in_digits(wide_ih, wide_hh)
+    in_which = recurrent_digits.columns_in_digits(gates) if digits else recurrent_digits.pack_columns
     variant, stride = _variant(given, gates)
     norm = given["ln_ih"] is not None
     of_x = native.empty(rows, gates * hidden)
@@ -233,7 +235,7 @@ def layer_backward(saved: Saved, grads: Sequence[Tensor | None], needs: Sequence
     results = (
         product(of_x, wide_ih) if needs[0] else None,
         product(of_x.t(), input) if needs[1] else None,
-        None if previous is None else product(of_raw.t(), previous, digits=lstm.bounded(h0)),
+        None if previous is None else product(of_raw.t(), previous, digits=bounded(h0)),
         of_b_ih,
         of_b_hh,
         *of_gains[: 2 * gates - 4],
