@@ -459,8 +459,8 @@ class Engine:
         self._state.lengths[request.slot] -= count - right
         self._recordings.stale()
         seconds = time.perf_counter() - start
-        if recorded and request.guessed and left > count:
-            self._pace.guessed(seconds, right + 1)
+        if recorded and left > count:
+            self._pace.guessed(seconds, right + 1, first=not request.guessed)
         request.guessed = True
         logits = recording.logits
         if recording.hidden is not None:
@@ -487,7 +487,7 @@ class Engine:
         # The recording is made once: for many guesses, and enough text to come.
         if not recorded and (len(guesses) < count or not self._pace.promising(count, left, recorded)):
             return [], start
-        return guesses, start
+        return (guesses if self._pace.worth(len(guesses)) else []), start
 
     def _steps_left(self, request: Request) -> int:
         """Steps before something must be looked at: at least 1."""

@@ -38,6 +38,7 @@ class Pace:
     _EVIDENCE = 1.5  # saved in rehearsals, below which it may be chance
     _DOUBT = 16  # tokens in which nothing was saved, counted with those rehearsed
     _TRUST = 0.25  # of what rehearsals have saved may be lost, or go into the next
+    _MARGIN = 1.5  # tokens beyond what plain steps would give that a round's guesses must promise
     _INHERITED = 1.5  # failing rounds that the next text's account can bear at most
 
     def __init__(self) -> None:
@@ -93,11 +94,16 @@ class Pace:
             self._rest = sooner
         return False
 
-    def guessed(self, seconds: float, tokens: int) -> None:
-        """A round of guesses has given so many tokens, the one that any step gives among them."""
-        if not self._plain:
+    def worth(self, guesses: int) -> bool:
+        """Whether so many, all right, would pay for a round and more: few, that may be wrong, are not worth one."""
+        return guesses + 1 >= self._round + self._MARGIN
+
+    def guessed(self, seconds: float, tokens: int, *, first: bool = False) -> None:
+        """A round of guesses has given so many tokens, the one that any step gives among them. In a text's first round
+        the draft may have had much to read: it counts as others did, or not at all."""
+        if not self._plain or (first and not self._round):
             return
-        took = seconds / self._plain
+        took = self._round if first else seconds / self._plain
         self._round = min(1.5 * self._round, 0.8 * self._round + 0.2 * took) if self._round else took
         self._account = min(self._AT_MOST, self._account + tokens - min(took, 1.5 * self._round))
 

@@ -238,3 +238,26 @@ def test_a_text_after_one_that_paid_is_guessed_at_once_until_a_round_fails() -> 
     assert pace.goes_on(7)
     pace.guessed(3.0, 1)
     assert not pace.goes_on(7) and not pace.promising(7, 100, recorded=True)
+
+
+def test_the_first_round_of_a_text_counts_but_not_what_its_draft_had_to_read() -> None:
+    pace = Pace()
+    pace.plain(8.0, 8)
+    for _ in range(5):
+        pace.guessed(3.0, 8)
+    pace.join()
+    pace.guessed(50.0, 8, first=True)
+    for _ in range(2):  # which what the first one has given can bear
+        assert pace.goes_on(7)
+        pace.guessed(3.0, 1)
+    pace.join()
+    pace.guessed(3.0, 1, first=True)
+    assert not pace.goes_on(7)
+
+
+def test_few_guesses_are_not_worth_a_round() -> None:
+    pace = Pace()
+    assert pace.worth(1)  # what a round takes is not known
+    pace.plain(8.0, 8)
+    pace.guessed(3.0, 8)
+    assert pace.worth(7) and pace.worth(4) and not pace.worth(3)
