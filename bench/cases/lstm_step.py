@@ -47,5 +47,5 @@ def cases() -> Iterator[Case]:
             gate=gate,
             ours=lambda ours=ours, call=call: call(ours),  # type: ignore[misc]
             peer=lambda peer=peer, call=call: call(peer),  # type: ignore[misc]
-            goal=4.0 if size == 512 else None,
+            goal=8.0 if size > 256 else None,
         )
