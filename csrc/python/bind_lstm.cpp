@@ -65,7 +65,6 @@ bool rows_in_digits(address input, int64_t rows, int64_t k, address w_ih, int64_
 
 int64_t evenness_of(address matrix, int64_t rows, int64_t columns, int threads) {
   check(rows >= 1 && columns >= 1, "evenness: sizes must be positive");
-  refuse_recording("evenness");
   py::gil_scoped_release unlocked;
   return evenness({pointer<const float>(matrix), rows, columns, threads});
 }
