@@ -386,18 +386,35 @@ class DigitCell {
   float* gates_;  // [threads][B][4][L]
 };
 
+// Some rows of a batch: what they need of scratch does not grow with the others.
+static LstmCell some_rows(const LstmCell& a, int64_t first) {
+  LstmCell part = a;
+  part.batch = a.batch - first < kDigitChunkRows ? a.batch - first : kDigitChunkRows;
+  part.input += first * a.inputs;
+  part.h += first * a.hidden;
+  part.c += first * a.hidden;
+  part.h_out += first * a.hidden;
+  part.c_out += first * a.hidden;
+  if (a.output != nullptr) part.output += first * a.hidden;
+  return part;
+}
+
 int64_t lstm_cell_scratch(const LstmCell& a) {
   if constexpr (kHasDigits)
-    if (a.digits) return DigitCell(a).scratch();
+    if (a.digits) return DigitCell(some_rows(a, 0)).scratch();
   return 0;
 }
 
 void lstm_cell(const LstmCell& a) {
   if constexpr (kHasDigits)
     if (a.digits) {
-      DigitCell cell(a);
-      return parallel(cell.threads(),
-                      [&](int thread, int threads, Barrier& barrier) { cell.run(thread, threads, barrier); });
+      for (int64_t first = 0; first < a.batch; first += kDigitChunkRows) {
+        const LstmCell part = some_rows(a, first);
+        DigitCell cell(part);
+        parallel(cell.threads(),
+                 [&](int thread, int threads, Barrier& barrier) { cell.run(thread, threads, barrier); });
+      }
+      return;
     }
   a.bfloat ? cell_as<uint16_t>(a) : cell_as<float>(a);
 }

@@ -33,7 +33,8 @@ class Samples {
  private:
   uint64_t hash() const {
     for (const uint32_t* place : places_) __builtin_prefetch(place);  // all misses at once
-    uint64_t hash = 1469598103934665603u ^ static_cast<uint64_t>(simd_lanes());  // FNV-1a
+    const auto level = static_cast<uint64_t>(simd_lanes()) << 1 | (digit_tiles() ? 1 : 0);
+    uint64_t hash = 1469598103934665603u ^ level;  // FNV-1a
     for (const uint32_t* place : places_) hash = (hash ^ *place) * 1099511628211u;
     return hash;
   }
@@ -46,7 +47,13 @@ inline bool run_cell(LstmCell args) {
   if (args.digits) {
     const InputsInDigits rows = {args.input, args.batch, args.inputs, args.w_ih, 4 * args.hidden, 4, false, args.threads};
     // Of what a replay will read nothing is known.
-    if (args.w_ih_parts == nullptr && (recording() != nullptr || inputs_in_digits(rows) == 0)) return false;
+    if (args.w_ih_parts == nullptr) {
+      if (recording() != nullptr) return false;
+      constexpr int64_t kMuch = 1 << 16;  // numbers
+      std::unique_ptr<py::gil_scoped_release> unlocked;
+      if (args.batch * args.inputs > kMuch) unlocked = std::make_unique<py::gil_scoped_release>();
+      if (inputs_in_digits(rows) == 0) return false;
+    }
     args.scratch = static_cast<float*>(scratch(lstm_cell_scratch(args) * sizeof(float)));
   }
   launch(&lstm_cell, args);

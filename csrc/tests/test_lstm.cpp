@@ -329,7 +329,7 @@ FASTLM_TEST(lstm_cell_gives_the_bits_of_the_layer) {
 FASTLM_TEST(lstm_cell_in_digits_gives_the_bits_of_the_layer) {
   if (!fastlm::digit_tiles()) return;
   for (int64_t hidden : {1, 16, 45, 160})
-    for (int64_t batch : {1, 3, 5, 6, 40})
+    for (int64_t batch : {1, 3, 5, 6, 40, 1030})
       for (int64_t every : {0, 1, 3}) {
         Layer l = make_layer(33, hidden, 0, {batch}, false);
         for (int64_t row = 0; every != 0 && row < batch; row += every) l.input[row * 33 + 2] = 400.0f;

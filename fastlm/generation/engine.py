@@ -483,11 +483,12 @@ class Engine:
             start = time.perf_counter()
         if not request.guessing:
             return [], start
-        guesses = draft.propose(request.ids, min(count, self._steps_left(request) - 1))[:count]
+        wanted = min(count, self._steps_left(request) - 1)
+        guesses = draft.propose(request.ids, wanted)[:wanted]
         # The recording is made once: for many guesses, and enough text to come.
         if not recorded and (len(guesses) < count or not self._pace.promising(count, left, recorded)):
             return [], start
-        return (guesses if self._pace.worth(len(guesses)) else []), start
+        return (guesses if len(guesses) == wanted or self._pace.worth(len(guesses)) else []), start
 
     def _steps_left(self, request: Request) -> int:
         """Steps before something must be looked at: at least 1."""

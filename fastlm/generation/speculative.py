@@ -95,7 +95,7 @@ class Pace:
         return False
 
     def worth(self, guesses: int) -> bool:
-        """Whether so many, all right, would pay for a round and more: few, that may be wrong, are not worth one."""
+        """Whether to confirm so few guesses, fewer than were asked for: all right, they pay for a round and more."""
         return guesses + 1 >= self._round + self._MARGIN
 
     def guessed(self, seconds: float, tokens: int, *, first: bool = False) -> None:

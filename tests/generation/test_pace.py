@@ -81,11 +81,13 @@ Measure = Callable[..., tuple[float, Script]]
 def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
     """How many times faster a text comes with guesses than without, by simulated time; and the script it ran by."""
 
-    def run(text: Text, tokens: int, draft: Draft | None = None) -> tuple[float, Script]:
-        script = Script(text)
+    def run(
+        text: Text, tokens: int, draft: Draft | None = None, count: int = 7, round_cost: float = 3.4
+    ) -> tuple[float, Script]:
+        script = Script(text, round_cost)
         running = Engine(llama().eval(), rows=1)
         running._max_length, running._recordings = None, script  # type: ignore[assignment]
-        running.submit(PROMPT, SamplingParams(max_new_tokens=tokens, draft_tokens=7), draft=draft)
+        running.submit(PROMPT, SamplingParams(max_new_tokens=tokens, draft_tokens=count), draft=draft)
         got = list(PROMPT)
         while running.active:
             got += [token.id for token in running.step(16)]
@@ -134,6 +136,13 @@ def test_texts_that_repeat_gain(measure: Measure) -> None:
 
 def test_a_loop_shorter_than_a_round_is_guessed(measure: Measure) -> None:
     assert measure(lambda ids, _: len(ids) % 2, 300)[0] > 1.8
+
+
+@pytest.mark.parametrize(("count", "round_cost"), [(1, 1.2), (2, 1.6), (3, 1.8)])
+def test_few_guesses_a_round_gain_where_rounds_take_little(measure: Measure, count: int, round_cost: float) -> None:
+    gain, script = measure(lambda ids, _: len(ids) % 17, 1000, None, count, round_cost)
+    assert script.rounds > 300 / count
+    assert gain > 0.85 * (count + 1) / round_cost
 
 
 @pytest.mark.parametrize("failures", [1, 3])
@@ -255,7 +264,7 @@ def test_the_first_round_of_a_text_counts_but_not_what_its_draft_had_to_read() -
     assert not pace.goes_on(7)
 
 
-def test_few_guesses_are_not_worth_a_round() -> None:
+def test_fewer_guesses_than_asked_for_are_not_worth_a_round() -> None:
     pace = Pace()
     assert pace.worth(1)  # what a round takes is not known
     pace.plain(8.0, 8)

@@ -152,6 +152,16 @@ def test_rows_too_unlike_for_digits_are_served_from_the_second_on() -> None:
     assert same(steps(), steps.general())
 
 
+def test_parts_once_given_are_kept() -> None:
+    """Another thread's step may be reading them, which has let go of the interpreter."""
+    steps = Steps()
+    prepared = steps.prepared()
+    first = weakref.ref(prepared.parts(steps.weights[0]))
+    packing.clear()
+    second = prepared.parts(steps.weights[0])
+    assert first() is not None and first() is not second
+
+
 def test_results_do_not_depend_on_threads() -> None:
     steps = Steps(2, 300, 300)
     before, found = torch.get_num_threads(), []

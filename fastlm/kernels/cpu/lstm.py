@@ -125,8 +125,10 @@ class _Prepared:
 
     def parts(self, w_ih: Tensor) -> Tensor:
         """W_ih as parts: some rows of inputs are not in digits."""
-        self._parts = parts = in_parts(w_ih, 4)
-        self._make_step()
+        parts = in_parts(w_ih, 4)
+        if self._parts is None:  # those given once are kept: another thread's step may be reading them
+            self._parts = parts
+            self._make_step()
         return parts
 
     def _make_step(self) -> None:
