@@ -123,7 +123,7 @@ PyObject* known(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!exchange().read(tokens.ptr(), &view)) Py_RETURN_NONE;
     const long threads = PyLong_AsLong(args[kOptions + 2]);
     if (threads == -1 && PyErr_Occurred() != nullptr) return nullptr;
-    call.logits = reinterpret_cast<const float*>(static_cast<const char*>(logits.data) + logits.byte_offset);
+    call.logits = floats(logits);
     call.tokens = reinterpret_cast<int64_t*>(static_cast<char*>(view.data) + view.byte_offset);
     call.position.value = at;
     if (run(call, static_cast<int>(threads)) >= 0) Py_RETURN_NONE;

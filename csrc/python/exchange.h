@@ -44,6 +44,7 @@ struct Exchange {
     return false;
   }
 };
+
 // Whether it is float32 on the CPU, without gaps and in order.
 inline bool plain_floats(const TensorView& view) {
   if (view.device_type != 1 || view.dtype_code != 2 || view.dtype_bits != 32 || view.dtype_lanes != 1) return false;

@@ -98,20 +98,17 @@ def _state(*models: CausalLM | None) -> State | None:
         for module in modules:
             objects.append(module)
             for value in vars(module).values():
-                if type(value) in _VALUES:
+                if isinstance(value, dict):  # most are: hooks, and what is looked at below
+                    continue
+                if isinstance(value, (bool, int, float, str, type(None))):
                     values.append(value)
                 elif isinstance(value, QuantizedTensor):
                     objects.append(value)
-                elif isinstance(value, (int, float, str)):  # of a class of its own
-                    values.append(value)
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 objects.append(tensor)
                 if tensor is not None:
                     values += [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
     return objects, values
-
-
-_VALUES = frozenset({bool, int, float, str, type(None)})
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
