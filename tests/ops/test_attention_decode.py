@@ -2,63 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from decode_cases import Decode, compare, exact, make_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from naive_attention import naive_attention
-from tolerance import assert_close_to_reference
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastlm import ops
 from fastlm.kernels import native
 from fastlm.kernels.cpu import attention_decode as kernel
 from fastlm.ops.registry import _OPS
-from fastlm.reference import attention_decode as reference
 from fastlm.reference.kv_cache import kv_read, kv_width
-
-Decode = Callable[..., Tensor]
-
-
-def _case(
-    batch: int, heads: int, kv_heads: int, tokens: int, dim: int, lengths: list[int], positions: int, **options: Any
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
-    """Random query, caches and lengths; what no row may read is NaN."""
-    query = torch.randn(batch, heads, tokens, dim)
-    keys, values = torch.randn(2, batch + 2, kv_heads, positions, dim)
-    rows = torch.randperm(batch + 2)[:batch]
-    stored = torch.zeros(batch + 2, positions, dtype=torch.bool)
-    for row, length in zip(rows.tolist(), lengths, strict=True):
-        stored[row, :length] = True
-    for cache in (keys, values):
-        cache.masked_fill_(~stored[:, None, :, None], torch.nan)
-    return (query, keys, values, torch.tensor(lengths)), {"rows": rows, **options}
-
-
-def _exact(args: tuple[Tensor, ...], options: dict[str, Any], dtype: torch.dtype = torch.float64) -> Tensor:
-    query, keys, values, lengths = args
-    o = {"rows": None, "scale": None, "window": None, "softcap": None, "alibi_slopes": None, **options}
-    scale = query.shape[-1] ** -0.5 if o["scale"] is None else o["scale"]
-    return reference.attention_decode(
-        *(t.to(dtype) for t in (query, keys, values)),
-        lengths,
-        o["rows"],
-        scale,
-        o["window"],
-        o["softcap"],
-        o["alibi_slopes"],
-    )
-
-
-def compare(decode: Decode, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-    """The comparison of this suite, which every planted fault must turn red."""
-    single = _exact(args, options, torch.float32)
-    # The floor: at the baseline's four lanes a head of 256 is summed in chains of 64, BLAS's own are shorter.
-    assert_close_to_reference(decode(*args, **options), single, _exact(args, options), floor=3e-6)
 
 
 def _native(*args: Any, **options: Any) -> Tensor:
@@ -84,7 +43,7 @@ def test_native_agrees_with_the_formula(isa: str, data: st.DataObject) -> None:
     lengths = [data.draw(st.integers(tokens, positions)) for _ in range(batch)]
     heads = kv_heads * group
     slopes = [None, torch.rand(heads), torch.rand(batch, heads)][data.draw(st.integers(0, 2))]
-    args, options = _case(
+    args, options = make_case(
         batch,
         heads,
         kv_heads,
@@ -101,7 +60,7 @@ def test_native_agrees_with_the_formula(isa: str, data: st.DataObject) -> None:
 
 
 def test_naive_loops_agree(isa: str) -> None:
-    args, options = _case(2, 4, 2, 3, 5, [9, 3], 10, window=4, softcap=2.0, alibi_slopes=torch.rand(4))
+    args, options = make_case(2, 4, 2, 3, 5, [9, 3], 10, window=4, softcap=2.0, alibi_slopes=torch.rand(4))
     query, keys, values, lengths = args
     rows = options.pop("rows").tolist()
     for b in range(2):
@@ -114,7 +73,7 @@ def test_naive_loops_agree(isa: str) -> None:
 
 
 def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    args, options = _case(3, 6, 2, 3, 33, [3, 300, 513], 520)
+    args, options = make_case(3, 6, 2, 3, 33, [3, 300, 513], 520)
     empty, made = torch.empty_strided, []
 
     def nan(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -127,7 +86,7 @@ def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_any_layout_of_cache_and_query(isa: str) -> None:
-    (query, keys, values, lengths), options = _case(3, 6, 2, 2, 19, [2, 30, 40], 41)
+    (query, keys, values, lengths), options = make_case(3, 6, 2, 2, 19, [2, 30, 40], 41)
     expected = _native(query, keys, values, lengths, **options)
     by_position = torch.stack((keys, values), dim=-2).permute(2, 0, 1, 3, 4).contiguous()  # [S, R, KVH, 2, D]
     k, v = by_position.permute(3, 1, 2, 0, 4)
@@ -140,7 +99,7 @@ def test_any_layout_of_cache_and_query(isa: str) -> None:
 
 def test_a_row_depends_on_itself_alone(isa: str, threads: int) -> None:
     lengths = [700, 1, 256, 257, 512]
-    args, options = _case(5, 6, 2, 1, 40, lengths, 700, window=400)
+    args, options = make_case(5, 6, 2, 1, 40, lengths, 700, window=400)
     query, keys, values, _ = args
     together = _native(*args, **options)
     for b in range(5):
@@ -152,7 +111,7 @@ def test_a_row_depends_on_itself_alone(isa: str, threads: int) -> None:
 
 
 def test_tokens_at_once_equal_tokens_one_by_one(isa: str) -> None:
-    args, options = _case(2, 6, 2, 37, 24, [300, 90], 301, window=50, alibi_slopes=torch.rand(6), softcap=3.0)
+    args, options = make_case(2, 6, 2, 37, 24, [300, 90], 301, window=50, alibi_slopes=torch.rand(6), softcap=3.0)
     query, keys, values, lengths = args
     together = _native(*args, **options)
     for t in range(37):
@@ -161,7 +120,7 @@ def test_tokens_at_once_equal_tokens_one_by_one(isa: str) -> None:
 
 
 def test_keys_outside_the_window_are_not_read(isa: str) -> None:
-    args, options = _case(1, 2, 1, 2, 16, [600], 600, window=20)
+    args, options = make_case(1, 2, 1, 2, 16, [600], 600, window=20)
     expected = _native(*args, **options)
     for cache in args[1:3]:
         cache[:, :, :579] = torch.nan  # query 598 sees keys from 579 on
@@ -169,7 +128,7 @@ def test_keys_outside_the_window_are_not_read(isa: str) -> None:
 
 
 def test_nan_and_infinity_are_not_hidden(isa: str) -> None:
-    args, options = _case(2, 2, 1, 1, 8, [300, 300], 300)
+    args, options = make_case(2, 2, 1, 1, 8, [300, 300], 300)
     args[1][options["rows"][0], 0, 7, 3] = torch.nan
     output = _native(*args, **options)
     assert output[0].isnan().all()
@@ -177,7 +136,7 @@ def test_nan_and_infinity_are_not_hidden(isa: str) -> None:
     args[1][options["rows"][0]] = torch.inf
     args[0][0] = -1.0  # every score of the first entry is -inf: a query that sees nothing
     assert (_native(*args, **options)[0] == 0).all()
-    assert (_exact(args, options)[0] == 0).all()
+    assert (exact(args, options)[0] == 0).all()
 
 
 def _without_rescale(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **options: Any) -> Tensor:
@@ -209,14 +168,14 @@ FAULTS: dict[str, Decode] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault: str) -> None:
-    args, options = _case(2, 4, 2, 1, 16, [600, 300], 600)
+    args, options = make_case(2, 4, 2, 1, 16, [600, 300], 600)
     compare(_native, args, options)
     with pytest.raises(AssertionError):
         compare(FAULTS[fault], args, options)
 
 
 def test_a_window_off_by_one_is_found() -> None:
-    args, options = _case(2, 4, 2, 1, 16, [600, 300], 600, window=256)
+    args, options = make_case(2, 4, 2, 1, 16, [600, 300], 600, window=256)
     compare(_native, args, options)
     with pytest.raises(AssertionError):
         compare(lambda *a, **o: _native(*a, **{**o, "window": 257}), args, options)
@@ -255,174 +214,8 @@ def test_errors_name_the_argument(backend: str, change: dict[str, Any], message:
         ops.attention_decode(**{**call, **change})
 
 
-def _repeated(change: str) -> None:
-    """Inference asks again with other tensors, of which one thing differs: it must not get what was found before."""
-    kernel.forget()
-    args, options = _case(2, 4, 2, 3, 10, [7, 9], 12)
-    wide = torch.randn(2, 4, 3, 20)
-    with torch.no_grad():
-        for _ in range(2):
-            compare(ops.attention_decode, args, options)
-            query, keys, values, lengths = args
-            changed = {
-                "nothing": args,
-                "values": (torch.randn_like(query), keys.clone(), values.clone(), lengths - 1),
-                "query strides": (wide[..., :10], keys, values, lengths),
-                "cache strides": (query, torch.randn(4, 12, 2, 10).transpose(1, 2), values, lengths),
-                "value strides": (query, keys, torch.randn(4, 12, 2, 10).transpose(1, 2), lengths),
-                "batch": (query[:1], keys, values, lengths[:1]),
-                "tokens": (query[:, :, :1], keys, values, lengths),
-                "positions": (query, keys[:, :, :10], values[:, :, :10], lengths),
-            }
-            others = {
-                "scale": {"scale": 0.3},
-                "window": {"window": 4},
-                "softcap": {"softcap": 2.0},
-                "slopes": {"alibi_slopes": torch.rand(4)},
-                "no rows": {"rows": None},
-            }
-            more = {**options, **others.get(change, {})}
-            if change == "batch":
-                more["rows"] = more["rows"][:1]
-            if change == "no rows":
-                keys, values = keys.nan_to_num(), values.nan_to_num()
-                changed[change] = (query, keys, values, lengths)
-            compare(ops.attention_decode, changed.get(change, args), more)
-        same = change in ("nothing", "values", "slopes") or not native.shows_tensors()
-        assert kernel.forget() == native.shows_tensors() * (1 if same else 2)
-        # What was found of the shapes says nothing of the numbers.
-        with pytest.raises(ValueError, match=r"lengths\[1\] is 13, expected from 3 .* to 12"):
-            ops.attention_decode(*args[:3], torch.tensor([7, 13]), **options)
-        with pytest.raises(ValueError, match=r"lengths is .*int32"):
-            ops.attention_decode(*args[:3], args[3].int(), **options)
-
-
-_CHANGES = [
-    *("nothing", "values", "query strides", "cache strides", "value strides", "batch", "tokens", "positions"),
-    *("scale", "window", "softcap", "slopes", "no rows"),
-]
-
-
-@pytest.mark.parametrize("change", _CHANGES)
-def test_what_was_found_for_a_call_serves_calls_like_it_alone(change: str) -> None:
-    _repeated(change)
-
-
-@pytest.mark.parametrize("change", ["query strides", "window", "tokens"])
-def test_planted_fault_calls_taken_for_like_are_found(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    first: list[Any] = []
-
-    def blind(*call: Any) -> Tensor | None:
-        """The first call's layout and options for all that follow."""
-        if not first:
-            first.extend(call)
-            return None
-        query, keys, values, lengths, rows = (
-            None if now is None else now.as_strided(then.shape, then.stride())
-            for now, then in zip(call[:5], first[:5], strict=True)
-        )
-        scale = query.shape[3] ** -0.5
-        return kernel.attention_decode(query, keys, values, lengths, rows, scale, *first[6:8], None)
-
-    monkeypatch.setattr(kernel, "known", blind)
-    with pytest.raises((AssertionError, ValueError, RuntimeError)):
-        _repeated(change)
-
-
-def test_a_known_call_takes_its_tensors_as_they_are_now() -> None:
-    """Tensors that change their memory or their layout in place, that want gradients, that are of a subclass."""
-    if not native.shows_tensors():
-        pytest.skip("torch shows no tensors to native code")
-    args, options = _case(2, 4, 2, 3, 10, [7, 9], 12)
-    query, keys, _, lengths = args
-    kernel.forget()
-    with torch.no_grad():
-        compare(ops.attention_decode, args, options)
-        assert kernel.known(*args, options["rows"], None, None, None, 2) is not None
-        query.set_(torch.randn(2, 4, 3, 10))  # other memory under the same object
-        compare(ops.attention_decode, args, options)
-        keys.transpose_(1, 2).transpose_(1, 2)
-        lengths.sub_(1)
-        compare(ops.attention_decode, args, options)
-        query.set_(torch.randn(2, 3, 4, 10).transpose(1, 2))
-        compare(ops.attention_decode, args, options)
-        parameter = torch.nn.Parameter(query)
-        compare(ops.attention_decode, (parameter, *args[1:]), options)
-        assert kernel.forget() == 2
-    for tensor in args[:3]:
-        tensor.requires_grad_()
-    leaf = ops.attention_decode(*args, **options)
-    assert leaf.requires_grad
-    with torch.inference_mode():
-        compare(ops.attention_decode, args, options)
-    assert kernel.forget() == 1
-
-
-def test_what_is_no_plain_call_is_not_known() -> None:
-    if not native.shows_tensors():
-        pytest.skip("torch shows no tensors to native code")
-
-    class Sub(Tensor):
-        pass
-
-    args, options = _case(2, 4, 2, 3, 10, [7, 9], 12)
-    query, keys, values, lengths = args
-    plain = (*args, options["rows"], 0.5, None, None)
-    with torch.no_grad():
-        ops.attention_decode(*args, rows=options["rows"], scale=0.5)
-        assert kernel.known(*plain, 1) is not None
-        for place, other in (
-            (0, query.as_subclass(Sub)),  # type: ignore[no-untyped-call]
-            (0, query.to("meta")),
-            (0, query.to_sparse()),
-            (0, query.double()),
-            (0, None),
-            (0, query[None]),
-            (0, 3),
-            (1, keys.bfloat16()),
-            (2, values[:, :, :11]),
-            (3, lengths.int()),
-            (4, None),
-            (5, 0.25),
-            (5, None),
-            (5, float("nan")),
-            (5, "no number"),
-            (6, 3),
-            (7, 0.5),
-        ):
-            assert kernel.known(*plain[:place], other, *plain[place + 1 :], 1) is None, (place, other)
-        with pytest.raises(TypeError, match="9"):
-            kernel.known(*plain)
-        with pytest.raises(TypeError):
-            kernel.known(*plain, "two")
-        for _ in range(70):  # more layouts than are kept
-            positions = 12 + _
-            caches = torch.randn(2, 4, 2, positions, 10)
-            compare(ops.attention_decode, (query, *caches, lengths), options)
-        assert kernel.known(*plain, 1) is None
-        compare(ops.attention_decode, args, options)
-    assert kernel.forget() == 64
-
-
-def test_fake_tensors_give_fake_tensors() -> None:
-    args, options = _case(2, 4, 2, 3, 10, [7, 9], 12)
-    with torch.no_grad():
-        real = ops.attention_decode(*args, **options)
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fake = ops.attention_decode(*(mode.from_tensor(t) for t in args), rows=mode.from_tensor(options["rows"]))
-            of_real = ops.attention_decode(*args, **options)  # of a call that is known, in a mode without new memory
-        unknown = tuple(torch.randn(2, 1, 1, 11) for _ in range(3))
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            first = ops.attention_decode(*unknown, torch.tensor([1, 1]))
-    assert type(first) is FakeTensor
-    for found in (fake, of_real):
-        assert type(found) is FakeTensor
-        assert found.shape == real.shape
-        assert found.dtype == real.dtype
-
-
 def test_the_default_device_does_not_matter(isa: str) -> None:
-    args, options = _case(2, 4, 2, 1, 10, [7, 9], 12)
+    args, options = make_case(2, 4, 2, 1, 10, [7, 9], 12)
     with torch.no_grad():
         expected = ops.attention_decode(*args, **options)
         torch.set_default_device("meta")
@@ -435,7 +228,7 @@ def test_the_default_device_does_not_matter(isa: str) -> None:
 
 @pytest.mark.parametrize("forced", ["reference", "cpu"])
 def test_a_forced_backend_is_asked_even_so(forced: str) -> None:
-    args, options = _case(2, 4, 2, 1, 10, [7, 9], 12)
+    args, options = make_case(2, 4, 2, 1, 10, [7, 9], 12)
     with torch.no_grad():
         free = ops.attention_decode(*args, **options)
         with ops.backend(forced):
@@ -445,7 +238,7 @@ def test_a_forced_backend_is_asked_even_so(forced: str) -> None:
 
 
 def test_what_the_kernel_leaves_to_others() -> None:
-    (query, keys, values, lengths), options = _case(1, 2, 1, 1, 8, [4], 5)
+    (query, keys, values, lengths), options = make_case(1, 2, 1, 1, 8, [4], 5)
 
     def reason(*args: Tensor) -> str:
         explanation = ops.explain(ops.attention_decode, *args, lengths, **options)
@@ -461,7 +254,7 @@ def test_what_the_kernel_leaves_to_others() -> None:
 
 
 def test_without_the_native_module_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    args, options = _case(2, 4, 2, 1, 16, [60, 30], 60)
+    args, options = make_case(2, 4, 2, 1, 16, [60, 30], 60)
     expected = _native(*args, **options)
     monkeypatch.setattr(native.CPU, "module", None)
     monkeypatch.setattr(native.CPU, "error", "it was not built")
@@ -480,16 +273,16 @@ def test_empty_batch_and_no_tokens(isa: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0, "alibi_slopes": torch.rand(2, 4)}])
 def test_masked_form_equals_the_formula(options: dict[str, Any]) -> None:
     """What runs on devices where reading the lengths would mean waiting, and what compiled backwards differentiate."""
-    args, more = _case(2, 4, 2, 3, 5, [9, 3], 10)
+    args, more = make_case(2, 4, 2, 3, 5, [9, 3], 10)
     (masked,) = (i.run for i in _OPS["attention_decode"].implementations if i.name == "torch")
     q, k, v = (t.double() for t in args[:3])
     options = {"scale": 0.3, "window": None, "softcap": None, "alibi_slopes": None, **options}
     got = masked(q, k, v, args[3], more["rows"], *options.values())
-    torch.testing.assert_close(got, _exact(args, {**more, **options}))
+    torch.testing.assert_close(got, exact(args, {**more, **options}))
 
 
 def _compiled_case() -> tuple[list[Tensor], tuple[Any, ...]]:
-    args, options = _case(2, 4, 2, 3, 8, [9, 3], 10)
+    args, options = make_case(2, 4, 2, 3, 8, [9, 3], 10)
     return [t.requires_grad_() for t in args[:3]], (args[3], options["rows"])
 
 
@@ -551,11 +344,3 @@ def test_a_cache_of_few_bytes_is_read_as_the_floats_it_stands_for(
             ]
         for fault in wrong:
             assert not torch.allclose(found, fault, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("offered", [None, 1, object()])
-def test_an_interface_of_another_kind_is_not_used(offered: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "__dlpack_c_exchange_api__", offered, raising=False)
-    assert native.shows_tensors.__wrapped__() is False
-    monkeypatch.undo()
-    compare(ops.attention_decode, *_case(2, 4, 2, 1, 10, [7, 9], 12))  # what was taken before still serves
