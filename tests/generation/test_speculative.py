@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from logits import mean_kl
 from tiny_models import VOCAB, gpt, llama, lstm, spread
 
 from fastlm.generation import Decoder, Engine, LanguageModel, SamplingParams
+from fastlm.generation import engine as engines
 from fastlm.generation.draft import Draft, DraftEnded, PromptLookup, Rehearsal
 from fastlm.generation.draft_model import ModelDraft, quantized_copy
 from fastlm.generation.params import MOST_DRAFTS
@@ -23,6 +26,14 @@ from fastlm.models.llama import Llama, LlamaConfig
 @pytest.fixture(params=[gpt, lambda: llama(window=9)], ids=["gpt", "llama-window"])
 def model(request: pytest.FixtureRequest) -> CausalLM:
     return spread(request.param)
+
+
+@pytest.fixture(autouse=True)
+def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step, a round and a rehearsal take a microsecond each, whatever else the machine does: whether guessing pays is
+    `test_pace`'s question."""
+    ticks = itertools.count()
+    monkeypatch.setattr(engines, "time", SimpleNamespace(perf_counter=lambda: 1e-6 * next(ticks)))
 
 
 class Oracle:
@@ -382,11 +393,9 @@ def test_a_rewrite_that_fails_says_so() -> None:
 
 
 def test_planted_fault_guesses_left_in_the_cache_are_seen(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastlm.generation import engine
+    guess = engines.Engine._guess
 
-    guess = engine.Engine._guess
-
-    def forgetful(self: engine.Engine, request: engine.Request) -> object:
+    def forgetful(self: engines.Engine, request: engines.Request) -> object:
         found = guess(self, request)
         if found and not left:  # once: the cache has to be large enough for it
             self._state.lengths[request.slot] += 1
@@ -397,7 +406,7 @@ def test_planted_fault_guesses_left_in_the_cache_are_seen(model: CausalLM, monke
 
     prompt = [1, 2, 3, 4, 5]
     want = _run(model, prompt, max_new_tokens=30)
-    monkeypatch.setattr(engine.Engine, "_guess", forgetful)
+    monkeypatch.setattr(engines.Engine, "_guess", forgetful)
     draft = Oracle([*prompt, *(token for token, _, _ in want)], 3)
     got = _run(model, prompt, draft, stop=[want[20][0]], max_new_tokens=30, draft_tokens=4)
     assert left and got != want[: len(got)]
