@@ -26,7 +26,8 @@ static constexpr int kTogether = 2;
 static constexpr int kTogether = 4;
 #endif
 static constexpr int64_t kTokens = 32;   // new tokens per pass: bounds the scratch
-// Less work than this for each does not pay for a second thread that has to be woken, or for one of a team, awake already.
+// Less work than this for each does not pay for a second thread that has to be woken, or for one of a team, awake
+// already. As bytes of keys and values, those of floats, each time that they are read.
 static constexpr int64_t kBytesPerThread = 128 << 10, kBytesPerTeammate = 8 << 10;
 static constexpr int kMaxDim = kAttentionDecodeMaxDim;
 
@@ -60,15 +61,18 @@ struct Pass {
   const AttentionDecode* a;
   int64_t first, tokens;
   int64_t chunks;  // most chunks of any sequence
-  int64_t span;    // and most keys in them
+  int64_t keys;    // of all sequences, in one key/value head
   float* partial;  // [batch, heads, tokens, chunks, dim + 2]: weighted sum, largest score, sum of exponentials
 
   int64_t first_chunk(int64_t b) const { return chunk_of(visible(*a, b, first).low); }
   int64_t chunk_count(int64_t b) const {
     return chunk_of(visible(*a, b, first + tokens - 1).high - 1) - first_chunk(b) + 1;
   }
-  int64_t keys_before(int64_t b, int64_t chunk) const {
-    return chunk_begin(first_chunk(b) + chunk) - chunk_begin(first_chunk(b));
+  // The keys of a chunk that any of the tokens sees.
+  Visible chunk_keys(int64_t b, int64_t chunk) const {
+    const int64_t at = first_chunk(b) + chunk;
+    return {larger(visible(*a, b, first).low, chunk_begin(at)),
+            smaller(visible(*a, b, first + tokens - 1).high, chunk_begin(at + 1))};
   }
   float* partial_of(int64_t b, int64_t head, int64_t token, int64_t chunk) const {
     return partial + (((b * a->heads + head) * tokens + token) * chunks + chunk) * (a->dim + 2);
@@ -79,7 +83,7 @@ static inline Pass make_pass(const AttentionDecode& a, int64_t first) {
   Pass pass = {&a, first, smaller(kTokens, a.tokens - first), 0, 0, a.scratch};
   for (int64_t b = 0; b < a.batch; ++b) {
     pass.chunks = larger(pass.chunks, pass.chunk_count(b));
-    pass.span = larger(pass.span, pass.keys_before(b, pass.chunk_count(b)));
+    pass.keys += visible(a, b, first + pass.tokens - 1).high - visible(a, b, first).low;
   }
   return pass;
 }
@@ -364,8 +368,8 @@ static void run_task(const Pass& pass, Group<T>& prepared, int64_t b, int64_t kv
   };
   const Rows<T> keys = rows(a.key, a.key_stride), values = rows(a.value, a.value_stride);
   if (current_team() != nullptr) {
-    const Visible oldest = visible(a, b, pass.first), newest = visible(a, b, pass.first + pass.tokens - 1);
-    fetch(keys, values, larger(oldest.low, base) - base, smaller(newest.high, end) - base, a.dim);
+    const Visible seen = pass.chunk_keys(b, chunk);
+    fetch(keys, values, seen.low - base, seen.high - base, a.dim);
   }
   Query queries[kTogether];
   float* partials[kTogether];
@@ -403,15 +407,19 @@ template <class T>
 static void run_tasks(const Pass& pass, int thread, int threads) {
   const AttentionDecode& a = *pass.a;
   Group<T> prepared;
-  // Each thread's share of the keys is in one piece, so that it merges what it has computed itself.
-  const Range mine = share(a.batch * a.kv_heads * pass.span, thread, threads);
+  // Each thread's share of the keys is in one piece, so that it merges what it has computed itself: of the chunks those
+  // whose middle is in it.
+  const Range mine = share(2 * a.kv_heads * pass.keys, thread, threads);
   const auto run = [&] {
-    for (int64_t b = 0, unit = 0; b < a.batch; ++b) {
+    int64_t before = 0;
+    for (int64_t b = 0; b < a.batch; ++b) {
       const int64_t chunks = pass.chunk_count(b);
-      for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head, ++unit)
+      for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head)
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          const int64_t at = unit * pass.span + pass.keys_before(b, chunk);
-          if (at >= mine.begin && at < mine.end) run_task<T>(pass, prepared, b, kv_head, chunk);
+          const Visible keys = pass.chunk_keys(b, chunk);
+          const int64_t middle = 2 * before + keys.high - keys.low;
+          before += keys.high - keys.low;
+          if (middle >= mine.begin && middle < mine.end) run_task<T>(pass, prepared, b, kv_head, chunk);
         }
     }
   };
@@ -468,10 +476,8 @@ void attention_decode(const AttentionDecode& a) {
   for (int64_t first = 0; first < a.tokens; first += kTokens) {
     const int64_t wanted = agree([&] {
       const Pass pass = make_pass(a, first);
-      int64_t keys = 0;
-      for (int64_t b = 0; b < a.batch; ++b)
-        keys += visible(a, b, first + pass.tokens - 1).high - visible(a, b, first).low;
-      const int64_t bytes = keys * a.kv_heads * a.dim * 2 * static_cast<int64_t>(sizeof(float));  // of work, not memory
+      const int64_t readings = (a.heads / a.kv_heads * pass.tokens + kTogether - 1) / kTogether;
+      const int64_t bytes = pass.keys * a.kv_heads * a.dim * 2 * static_cast<int64_t>(sizeof(float)) * readings;
       return larger(1, smaller(a.threads, bytes / (current_team() ? kBytesPerTeammate : kBytesPerThread)));
     });
     parallel(static_cast<int>(wanted), [&](int thread, int threads, Barrier& barrier) {

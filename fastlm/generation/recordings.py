@@ -10,9 +10,11 @@ from torch import Tensor
 from fastlm.generation.capture import Captured, CaptureError
 from fastlm.generation.graph import Graph, records, sampling_device
 from fastlm.generation.lanes import Lanes, Request
+from fastlm.generation.prompts import ShortPrompts
 from fastlm.generation.screening import Screening
 from fastlm.kernels import native
 from fastlm.models.base import CausalLM, State
+from fastlm.nn.state import KVCache
 from fastlm.ops import greedy, offset
 from fastlm.ops.greedy import Screen
 from fastlm.ops.registry import choosing
@@ -69,6 +71,9 @@ class Recordings:
         self.screening = Screening(model)
         self._screen: Screen | None = None
         self._current: Recording | None = None  # the one whose tensors hold the requests' present state
+        self._prompts = None
+        if not records(model.device) and isinstance(state, KVCache):
+            self._prompts = ShortPrompts(model, state)
 
     def stale(self) -> None:
         """The requests have changed otherwise than by the step that was `filled` last."""
@@ -109,6 +114,12 @@ class Recordings:
             recording.requests = tuple(requests)
             self._current = recording
         return recording
+
+    def read(self, ids: Sequence[int], row: int) -> tuple[Tensor, Tensor] | None:
+        """Reads a few tokens by a recorded step, if there is one: `ShortPrompts.read`."""
+        if self._prompts is None or self.why_not is not None or self._obstacle() is not None:
+            return None
+        return self._prompts.read(ids, row)
 
     def record(self, recording: Recording) -> None:
         """Runs a step, and records it if it can be."""

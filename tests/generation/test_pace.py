@@ -52,6 +52,9 @@ class Script:
         self.ids, self.guesses = list(requests[0].ids), list(guesses)
         return self.of(requests, width)
 
+    def read(self, ids: Sequence[int], row: int) -> None:
+        """As if every prompt were read op by op."""
+
     def record(self, recording: Any) -> None:
         recording.captured = SimpleNamespace(run=lambda times, _: self.run(recording.width, times))
         [tokens] = self.run(recording.width, 1)
