@@ -3,12 +3,11 @@
 A request's prompt is read when it joins. From then on it takes part in decode steps, which are recorded once for each
 size of batch (`capture`; on CUDA `graph`) and replayed natively; the tensors of `Lanes` say whose rows they are. Where
 a step cannot be recorded, it runs op by op. While a single request is active, its tokens can be guessed ahead
-(`speculative`).
+(`steps`).
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastlm.generation.capture import Refused
-from fastlm.generation.draft import Draft, DraftEnded, PromptLookup, common
+from fastlm.generation.draft import Draft, PromptLookup, common
 from fastlm.generation.lanes import Request, dense_bias
 from fastlm.generation.params import SamplingParams, as_ids
-from fastlm.generation.recordings import Recording, Recordings
-from fastlm.generation.speculative import Pace
+from fastlm.generation.recordings import Recordings
+from fastlm.generation.steps import Steps
 from fastlm.models.base import CausalLM
 from fastlm.nn.linear import rows_apart
 from fastlm.nn.state import KVCache
 from fastlm.reference.linear import FEW_TOKENS
-from fastlm.reference.sample import BadLogits
 
 __all__ = ["Engine", "FinishReason", "Token"]
 
@@ -101,7 +98,7 @@ class Engine:
         self._active: list[Request] = []
         self._count = 0
         self._recordings = Recordings(model, self._state, self._stop_ids, self._max_length, capture=capture)
-        self._pace = Pace()
+        self._steps = Steps(model, self._state, self._recordings, self._stop_ids, self._max_length)
         self._drafting: Engine | None = None  # of `draft_model`
         # A recurrent state cannot be shortened: what it was after so many tokens.
         self._marks: dict[int, Callable[[], None]] | None = (
@@ -218,7 +215,7 @@ class Engine:
         if self._recordings.of([request], 1).captured is not None and known == len(ids) - 2:
             request.ids = list(ids[:-1])
             self._recordings.stale()
-            self._replay(self._recordings.filled([request], 1))  # one token, sooner than op by op
+            self._steps.replay(self._recordings.filled([request], 1))  # one token, sooner than op by op
         elif known < len(ids) - 1:
             missing = torch.tensor([list(ids[known:-1])], dtype=torch.int64, device=self._model.device)
             state = self._state.row(request.slot)
@@ -253,7 +250,10 @@ class Engine:
             raise
         tokens: list[Token] = []
         if running:
-            for ids, logits in self._advance(running, 1 if joined or self._waiting else ahead):
+            if self._marks is not None:
+                ahead = 1
+                self._marks[len(running[0].ids) - 1] = self._state.snapshot()
+            for ids, logits in self._steps.advance(running, 1 if joined or self._waiting else ahead):
                 tokens += self._accept(running, ids, logits)
         for request, token, logits in joined:
             tokens += self._accept([request], [token], logits)
@@ -326,7 +326,7 @@ class Engine:
             state = self._state.row(request.slot)
             state.reset()
             state.lengths.fill_(known)
-        self._pace.join()
+        self._steps.pace.join()
         if self._marks is not None:
             self._marks.clear()
         if len(requests) == 1 and (found := self._recordings.read(requests[0].ids[known:], taken[0])) is not None:
@@ -370,137 +370,6 @@ class Engine:
         self._held[request.slot] = request.ids[:-1]
         self._free.append(request.slot)
         self._free.sort()
-
-    def _advance(self, running: list[Request], ahead: int) -> list[tuple[list[int], Tensor | None]]:
-        """One or more steps of these requests: the tokens, and the logits [B, V] behind them where there are any."""
-        if len(running) == 1 and running[0].draft is not None and isinstance(self._state, KVCache):
-            guessed = self._guess(running[0])
-            if guessed:
-                return guessed
-            ahead = min(ahead, 1 if running[0].guessing else self._pace.ahead)
-        recording = self._recordings.filled(running, 1)
-        if self._marks is not None:
-            ahead = 1
-            self._marks[len(running[0].ids) - 1] = self._state.snapshot()
-        if recording.captured is None:
-            self._recordings.record(recording)
-            return [(self._allowed(running, recording.lanes.tokens.tolist(), recording), recording.logits)]
-        screening = self._recordings.screening
-        ahead = min(ahead, screening.most_ahead(running) or ahead)
-        limit = min(ahead, *(self._steps_left(request) for request in running))
-        if any(request.params.logprobs for request in running):
-            limit = 1
-        start = time.perf_counter()
-        steps = self._replay(recording, limit, self._stop_ids)
-        seconds = time.perf_counter() - start
-        self._pace.plain(seconds, len(steps))
-        steps[-1] = self._allowed(running, steps[-1], recording)
-        if recording.hidden is not None:
-            screening.saw(recording.hidden)
-        screening.took(running, seconds, steps=len(steps))
-        return [(ids, recording.logits) for ids in steps]
-
-    def _allowed(self, requests: list[Request], tokens: list[int], recording: Recording, last: int = 0) -> list[int]:
-        """The tokens of a step, those at place `last` of what the requests read; where it went by a screen and one of
-        them is a stop token too early, they are drawn from all logits instead."""
-        early = [r for r, token in zip(requests, tokens, strict=True) if r.early and token in self._stop_ids]
-        if recording.screen is None or not early:
-            return tokens
-        for request in early:
-            request.stopping = True
-        lanes = self._recordings.of(requests, 1, logits=True).lanes
-        lanes.fill(requests, self._stop_ids)
-        self._recordings.stale()
-        assert recording.hidden is not None
-        found: list[int] = lanes.sample(self._model.head(recording.hidden[:, last : last + 1]).flatten(0, 1)).tolist()
-        return found
-
-    def _replay(self, recording: Recording, times: int = 1, stops: Collection[int] = ()) -> list[list[int]]:
-        """Runs a recorded step: `Captured.run`. BadLogits: it says what is wrong with the logits."""
-        assert recording.captured is not None
-        try:
-            return recording.captured.run(times, stops)
-        except Refused:
-            self._recordings.stale()
-            logits = recording.logits
-            if logits is None:
-                assert recording.hidden is not None
-                logits = self._model.head(recording.hidden).flatten(0, 1)
-            recording.lanes.sample(logits)
-            raise
-
-    def _guess(self, request: Request) -> list[tuple[list[int], Tensor | None]]:
-        """Guessed tokens that proved right and the one after them; nothing where a plain step is the better choice."""
-        count, left = request.params.draft_tokens, self._steps_left(request)
-        room = self._max_length is None or len(request.ids) + count <= self._max_length
-        if left < 2 or not room or self._recordings.why_not is not None:
-            request.guessing = False  # so that plain steps need not come one by one
-            return []
-        request.guessing = request.guessing and self._pace.goes_on(count)
-        if not request.guessing and self._pace.waiting:
-            return []
-        recorded = self._recordings.of([request], count + 1).captured is not None
-        try:
-            guesses, start = self._guesses(request, count, recorded)
-            if not guesses:
-                return []
-            recording = self._recordings.filled([request], count + 1, guesses)
-            if recorded:
-                tokens = self._replay(recording)[0]
-            else:
-                self._recordings.record(recording)
-                tokens = recording.lanes.tokens.tolist()
-        except (BadLogits, DraftEnded, Refused):
-            # The draft's logits, or those behind a wrong guess. If the text's own are no better, a plain step says so.
-            request.draft = None
-            self._state.lengths[request.slot] = len(request.ids) - 1
-            self._recordings.stale()
-            return []
-        right = 0
-        while right < len(guesses) and tokens[right] == guesses[right] and tokens[right] not in self._stop_ids:
-            right += 1
-        right = min(right, left - 1)
-        # The step has appended the last token and all guesses; what follows a wrong one is forgotten.
-        self._state.lengths[request.slot] -= count - right
-        self._recordings.stale()
-        seconds = time.perf_counter() - start
-        if recorded and left > count:
-            self._pace.guessed(seconds, right + 1, first=not request.guessed)
-        request.guessed = True
-        logits = recording.logits
-        if recording.hidden is not None:
-            self._recordings.screening.saw(recording.hidden[:, : right + 1])
-        self._recordings.screening.took([request], seconds, count + 1)
-        tokens[right : right + 1] = self._allowed([request], tokens[right : right + 1], recording, right)
-        return [
-            ([token], None if logits is None else logits[at : at + 1]) for at, token in enumerate(tokens[: right + 1])
-        ]
-
-    def _guesses(self, request: Request, count: int, recorded: bool) -> tuple[list[int], float]:
-        """What the draft proposes where rehearsals say that it pays, and when it began to."""
-        draft, left = request.draft, request.params.max_new_tokens - request.generated
-        assert draft is not None
-        start = time.perf_counter()
-        if not request.guessing:
-            found = draft.rehearse(request.ids, request.prompt_length, count)
-            self._pace.rehearsed(time.perf_counter() - start, count, found)
-            request.guessing = self._pace.promising(count, left, recorded)
-            start = time.perf_counter()
-        if not request.guessing:
-            return [], start
-        wanted = min(count, self._steps_left(request) - 1)
-        guesses = draft.propose(request.ids, wanted)[:wanted]
-        # The recording is made once: for many guesses, and enough text to come.
-        if not recorded and (len(guesses) < count or not self._pace.promising(count, left, recorded)):
-            return [], start
-        return (guesses if len(guesses) == wanted or self._pace.worth(len(guesses)) else []), start
-
-    def _steps_left(self, request: Request) -> int:
-        """Steps before something must be looked at: at least 1."""
-        limit = request.params.max_new_tokens - request.generated
-        if request.early:
-            limit = request.params.min_new_tokens - request.generated
-        return limit if self._max_length is None else min(limit, self._max_length + 1 - len(request.ids))
 
     def _accept(self, requests: list[Request], ids: list[int], logits: Tensor | None) -> list[Token]:
         logprobs: list[float] | None = None

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny_models import llama
 
-from fastlm.generation import Engine, SamplingParams, engine
+from fastlm.generation import Engine, SamplingParams, steps
 from fastlm.generation.draft import Draft, PromptLookup, Rehearsal
 from fastlm.generation.speculative import Pace
 
@@ -89,7 +89,8 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
     ) -> tuple[float, Script]:
         script = Script(text, round_cost)
         running = Engine(llama().eval(), rows=1)
-        running._max_length, running._recordings = None, script  # type: ignore[assignment]
+        for part in (running, running._steps):
+            part._max_length, part._recordings = None, script  # type: ignore[assignment]
         running.submit(PROMPT, SamplingParams(max_new_tokens=tokens, draft_tokens=count), draft=draft)
         got = list(PROMPT)
         while running.active:
@@ -99,7 +100,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
             assert got == [*PROMPT, *(text(got[:at], []) for at in range(len(PROMPT), len(got)))]
         return (tokens - 2 + script.recording) / (CLOCK.now - script.begun), script
 
-    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: CLOCK.now))
+    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=lambda: CLOCK.now))
     return run
 
 

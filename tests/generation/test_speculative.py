@@ -13,8 +13,7 @@ import torch
 from logits import mean_kl
 from tiny_models import VOCAB, gpt, llama, lstm, spread
 
-from fastlm.generation import Decoder, Engine, LanguageModel, SamplingParams
-from fastlm.generation import engine as engines
+from fastlm.generation import Decoder, Engine, LanguageModel, SamplingParams, steps
 from fastlm.generation.draft import Draft, DraftEnded, PromptLookup, Rehearsal
 from fastlm.generation.draft_model import ModelDraft, quantized_copy
 from fastlm.generation.params import MOST_DRAFTS
@@ -33,7 +32,7 @@ def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step, a round and a rehearsal take a microsecond each, whatever else the machine does: whether guessing pays is
     `test_pace`'s question."""
     ticks = itertools.count()
-    monkeypatch.setattr(engines, "time", SimpleNamespace(perf_counter=lambda: 1e-6 * next(ticks)))
+    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=lambda: 1e-6 * next(ticks)))
 
 
 class Oracle:
@@ -235,7 +234,7 @@ def test_a_model_guesses_for_another(model: CausalLM, small: Callable[[], Causal
         decoder = Decoder(
             model, [[1, 2, 3]], SamplingParams.of(seed=3, draft_tokens=count, **options), draft_model=draft
         )
-        decoder._engine._pace = Always()
+        decoder._engine._steps.pace = Always()
         got, steps = [], 0
         while decoder.active:
             got += decoder.step()
@@ -326,7 +325,7 @@ def test_a_text_longer_than_its_draft_can_read_goes_on_without_it(model: CausalL
     small = quantized_copy(model, "Q8_0")
     draft = ModelDraft(small, params, engine=ModelDraft.engine(small, 24))
     decoder = Decoder(model, [[1, 2, 3]], params, draft=draft)
-    decoder._engine._pace = Always()
+    decoder._engine._steps.pace = Always()
     got: list[int] = []
     at_once = []
     while decoder.active:
@@ -353,7 +352,7 @@ def test_a_draft_model_that_fails_ends_the_drafting_alone(at: int) -> None:
     token = next(t for here, (t, _, _) in enumerate(want) if here >= at and t not in [t for t, _, _ in want[:here]])
     params = SamplingParams.of(seed=3, max_new_tokens=50, draft_tokens=3)
     decoder = Decoder(model, [prompt], params, draft_model=_unreadable(model, token))
-    decoder._engine._pace = Always()
+    decoder._engine._steps.pace = Always()
     got = []
     while decoder.active:
         got += [(t.id, t.logprob, t.finish) for t in decoder.step(4)]
@@ -393,9 +392,9 @@ def test_a_rewrite_that_fails_says_so() -> None:
 
 
 def test_planted_fault_guesses_left_in_the_cache_are_seen(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    guess = engines.Engine._guess
+    guess = steps.Steps._guess
 
-    def forgetful(self: engines.Engine, request: engines.Request) -> object:
+    def forgetful(self: steps.Steps, request: steps.Request) -> object:
         found = guess(self, request)
         if found and not left:  # once: the cache has to be large enough for it
             self._state.lengths[request.slot] += 1
@@ -406,7 +405,7 @@ def test_planted_fault_guesses_left_in_the_cache_are_seen(model: CausalLM, monke
 
     prompt = [1, 2, 3, 4, 5]
     want = _run(model, prompt, max_new_tokens=30)
-    monkeypatch.setattr(engines.Engine, "_guess", forgetful)
+    monkeypatch.setattr(steps.Steps, "_guess", forgetful)
     draft = Oracle([*prompt, *(token for token, _, _ in want)], 3)
     got = _run(model, prompt, draft, stop=[want[20][0]], max_new_tokens=30, draft_tokens=4)
     assert left and got != want[: len(got)]
