@@ -114,7 +114,7 @@ template <WeightKind kind, Rounding rounding, int M>
 FASTLM_INLINE void integer_tile(const LinearArgs& a, const LinearWeight& w, const uint8_t* panel, int64_t first,
                                 int64_t m0) {
   constexpr int64_t kStep = panel_bytes(kind, kBlock), kHeader = kLanes * (kind == WeightKind::kQ4_1 ? 4 : 2);
-  const int64_t ahead = a.ahead != 0 ? a.ahead : 4096;
+  const int64_t ahead = a.ahead != 0 ? a.ahead : 12288;
   constexpr int kVector = kLanes * 4;
   constexpr bool fine = rounding == Rounding::kBits15, nibbles = kind != WeightKind::kQ8_0;
   const int64_t blocks = a.columns / kBlock;
