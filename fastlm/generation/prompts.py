@@ -81,7 +81,7 @@ class _Step:
 
         def forward() -> tuple[Tensor, Tensor]:
             hidden = model.hidden(self._ids, state, self._row)
-            last = hidden.view(width, -1).index_select(0, self._last)
+            last = hidden[0].index_select(0, self._last)
             return hidden, model.head(last[:, None])[:, 0]
 
         self.captured = Captured(forward, self._last)
